@@ -1,0 +1,3 @@
+"""RefAlign in JAX and Flax."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,200 @@
+"""One table per model: published tensor names and layouts beside ours.
+
+A table is a list of `Entry`. Read left to right it exports, read right to left
+it imports, so the two directions cannot drift apart. Both are strict: a
+missing, extra or misshapen tensor is an error that lists names and shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+Params = dict[str, Any]
+"""A nested dict of arrays, as flax.linen's `init(...)["params"]` returns it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How one tensor is laid out, both ways; the two functions are inverses.
+
+    They only move elements (transpose, reshape), so a round trip is byte-equal.
+    """
+
+    to_ours: Callable[[np.ndarray], np.ndarray]
+    to_published: Callable[[np.ndarray], np.ndarray]
+
+
+SAME = Layout(lambda x: x, lambda x: x)
+LINEAR = Layout(lambda x: x.T, lambda x: x.T)
+"""torch Linear weight [out, in] <-> kernel [in, out]."""
+
+
+def convolution(rank: int) -> Layout:
+    """Layout of a torch convolution weight [O, I, *k] <-> kernel [*k, I, O] with `rank` spatial axes."""
+    spatial = tuple(range(2, 2 + rank))
+    return Layout(
+        lambda x: x.transpose(*spatial, 1, 0),
+        lambda x: x.transpose(rank + 1, rank, *range(rank)),
+    )
+
+
+def reshaped(published: tuple[int, ...], ours: tuple[int, ...]) -> Layout:
+    """Layout of a tensor that differs by a reshape alone, such as a gamma [C, 1, 1, 1] <-> scale [C]."""
+    return Layout(lambda x: x.reshape(ours), lambda x: x.reshape(published))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One of our parameters and the published tensor, or stack of tensors, that holds it.
+
+    Attributes:
+      path: our parameter, "/"-separated: `blocks/ffn/in/kernel`.
+      name: the published name; of a stack it contains `{i}`: `blocks.{i}.ffn.0.weight`.
+      layout: how one published tensor becomes ours and back.
+      stack: length of our leading layer axis, 0 where there is none.
+    """
+
+    path: str
+    name: str
+    layout: Layout = SAME
+    stack: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The published names, in the order of our leading axis."""
+        return [self.name.format(i=i) for i in range(self.stack)] if self.stack else [self.name]
+
+
+class Tensors(Protocol):
+    """Named tensors read one at a time, as `files.open_weights` gives them."""
+
+    source: str
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns one tensor, as stored."""
+        ...
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flattens a nested dict into {"a/b/c": leaf}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, path + "/") if isinstance(value, Mapping) else {path: value}
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    """Inverse of `flatten`."""
+    tree: Params = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def published_shapes(table: Sequence[Entry], params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that `params` (arrays or `jax.eval_shape` leaves) exports to.
+
+    Raises:
+      AssertionError: the table and the parameters do not cover each other.
+    """
+    leaves = flatten(params)
+    paths = [entry.path for entry in table]
+    assert sorted(paths) == sorted(leaves), f"table and parameters differ: {sorted(set(paths) ^ set(leaves))}"
+    shapes = {}
+    for entry in table:
+        shape = tuple(leaves[entry.path].shape)
+        if entry.stack:
+            assert shape[0] == entry.stack, f"{entry.path}: {shape[0]} layers, the table says {entry.stack}"
+            shape = shape[1:]
+        published = entry.layout.to_published(np.broadcast_to(np.int8(0), shape)).shape
+        shapes |= dict.fromkeys(entry.names, published)
+    return shapes
+
+
+def check(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: str, most: int = 6
+) -> None:
+    """Compares the tensors a model needs with those a file has.
+
+    Raises:
+      ValueError: names and shapes that are missing, unexpected or differ, at most `most` of each kind.
+    """
+    missing = [f"{name} {list(expected[name])}" for name in expected if name not in found]
+    extra = [f"{name} {list(found[name])}" for name in found if name not in expected]
+    misshapen = [
+        f"{name} {list(found[name])}, not {list(expected[name])}"
+        for name in expected
+        if name in found and tuple(found[name]) != tuple(expected[name])
+    ]
+    problems = []
+    for label, names in (("missing", missing), ("unexpected", extra), ("of another shape", misshapen)):
+        if names:
+            more = f" and {len(names) - most} more" if len(names) > most else ""
+            problems.append(f"{len(names)} {label}: {'; '.join(names[:most])}{more}")
+    if problems:
+        raise ValueError(f"{source} does not hold the weights of this model: {' | '.join(problems)}.")
+
+
+def to_ours(table: Sequence[Entry], params: Mapping[str, Any], tensors: Tensors) -> Params:
+    """Reads published tensors into our layout, one tensor at a time.
+
+    Args:
+      table: names and layouts.
+      params: shapes of our parameters (`jax.eval_shape` of the model's init).
+      tensors: an opened weight file.
+
+    Returns:
+      Our parameters as numpy arrays of the dtype stored; beyond them at most one tensor is held.
+
+    Raises:
+      ValueError: the file lacks a tensor, has one too many, or one of another shape or mixed dtype in a stack.
+    """
+    check(published_shapes(table, params), tensors.shapes, tensors.source)
+    leaves = flatten(params)
+    flat: dict[str, np.ndarray] = {}
+    for entry in table:
+        for i, name in enumerate(entry.names):
+            value = entry.layout.to_ours(tensors.read(name))
+            leaf = flat.get(entry.path)
+            if leaf is None:
+                leaf = flat[entry.path] = np.empty(leaves[entry.path].shape, value.dtype)
+            if leaf.dtype != value.dtype:
+                raise ValueError(
+                    f"{tensors.source}: {name} is {value.dtype}, {entry.names[0]} is {leaf.dtype}; "
+                    "the layers of one stack must share a dtype."
+                )
+            if entry.stack:
+                leaf[i] = value
+            else:
+                leaf[...] = value
+    return unflatten(flat)
+
+
+def to_published(table: Sequence[Entry], params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields our parameters under the published names and layouts, one tensor at a time (dtype kept).
+
+    A stacked device array is fetched layer by layer, so no more than one layer of it is on the host.
+    """
+    published_shapes(table, params)
+    leaves = flatten(params)
+    for entry in table:
+        leaf = leaves[entry.path]
+        for i, name in enumerate(entry.names):
+            value = np.asarray(leaf[i] if entry.stack else leaf)
+            yield name, np.ascontiguousarray(entry.layout.to_published(value))
+
+
+def count(params: Mapping[str, Any]) -> int:
+    """Number of scalars in a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in flatten(params).values())

@@ -1,0 +1,52 @@
+"""Installs `refalign_jax`. Versions are bounded to those it was tested with."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="refalign-jax",
+    version="0.1.0",
+    description="RefAlign (arXiv 2603.25743) in JAX and Flax, for TPU pods and GPUs",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["refalign_jax", "refalign_jax.*", "configs"]),
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.6,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "grain>=0.2.15,<0.3",
+        "transformers>=5.0,<6",
+        "chex>=0.1.90,<0.2",
+        "numpy>=2.0,<3",
+        "jaxtyping>=0.3,<0.4",
+        "safetensors>=0.6,<0.9",
+        "tyro>=1.0,<2",
+        "rich>=13,<16",
+        "tqdm>=4.66,<5",
+        "av>=14,<19",
+        "pillow>=11,<14",
+        "tensorboardX>=2.6.2,<3",
+        "matplotlib>=3.9,<4",
+        "scikit-image>=0.25,<0.27",
+        "scikit-learn>=1.6,<2",
+        "sentencepiece>=0.2,<0.3",
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "hypothesis>=6.100,<7",
+            "beartype>=0.22,<0.24",
+            "ruff>=0.15,<0.18",
+            "mypy>=2,<3",
+            "pre-commit>=4,<5",
+        ],
+        "parity": ["torch==2.13.0", "diffusers>=0.40,<0.43"],
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+    },
+)
