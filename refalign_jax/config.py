@@ -11,7 +11,7 @@ from typing import Literal
 
 DType = Literal["float32", "bfloat16"]
 RematPolicy = Literal["none", "dots", "attention", "full"]
-AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
+AttentionKernel = Literal["auto", "xla", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class DiTConfig:
       rope_theta: base of the rotary frequencies.
       max_position: rotary positions reach from 0 to this, exclusive, on each axis.
       compute_dtype: of matmuls and activations; norms, softmax, RoPE and time stay float32.
-      attention: kernel; `auto` is splash on TPU, cuDNN on NVIDIA in bfloat16, XLA elsewhere.
+      attention: kernel; `auto` is cuDNN on NVIDIA in bfloat16, XLA elsewhere.
       remat: what a block keeps for the backward pass: `none` recomputes nothing, `dots` keeps matmul outputs,
         `attention` keeps attention outputs, `full` keeps the block's input alone.
     """

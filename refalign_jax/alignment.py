@@ -1,0 +1,192 @@
+"""Reference alignment: projectors and loss (RefAlign, arXiv 2603.25743, section 3).
+
+With s the projected reference tokens of one block and f the VFM's tokens, both L2-normalised, for one sample:
+
+    pull  L₊ = mean_i max(0, (1 - s_i·f_i) - m₊)
+    push  L₋ = mean_(i,j) max(0, m₋ - (1 - s_i·f_j))      over ordered pairs of tokens of different subjects
+    L_RA     = mean over blocks of α·L₊ + β·L₋            α = β = 1
+
+The loss is per sample: subjects of other samples never push. Padded references count nowhere, and references that
+carry the same subject id are views of one subject and do not repel each other.
+
+Memory: blocks and pairs of references are walked one after the other and recomputed for the gradient, so that no more
+than one [B, P, P] matrix of similarities exists; a matrix of all R·P tokens never does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from refalign_jax.config import AlignmentConfig
+from refalign_jax.types import Array, Bool, Float, Int, Params
+
+
+def init_projectors(config: AlignmentConfig, width: int, key: Array) -> dict[str, Any]:
+    """Initialises the projectors of all aligned blocks, float32, stacked along a leading axis A.
+
+    Args:
+      config: its kind, number and the VFM's width.
+      width: D, of the transformer.
+      key: random key.
+
+    Returns:
+      `mlp`: {"in": [A, D, D/2], "out": [A, D/2, E]}, as published; `conv`: {"kernel": [A, 3, 3, D, E],
+      "bias": [A, E]}.
+    """
+    keys = jax.random.split(key, (2, config.num_blocks))
+    if config.projector == "conv":
+        kernel_init = nn.initializers.lecun_normal()
+        kernel = jax.vmap(lambda k: kernel_init(k, (3, 3, width, config.vfm_width)))(keys[0])
+        return {"kernel": kernel, "bias": jnp.zeros((config.num_blocks, config.vfm_width))}
+    init = nn.initializers.xavier_uniform()
+    return {
+        "in": jax.vmap(lambda k: init(k, (width, width // 2)))(keys[0]),
+        "out": jax.vmap(lambda k: init(k, (width // 2, config.vfm_width)))(keys[1]),
+    }
+
+
+def project(
+    params: Params, features: Float[Array, "B R P D"], grid: tuple[int, int], config: AlignmentConfig
+) -> Float[Array, "B R P E"]:
+    """Maps the reference tokens of one block to the VFM's width, in float32.
+
+    Args:
+      params: the projector of this block, without the leading axis.
+      features: reference tokens.
+      grid: token rows and columns, P = rows·columns; the convolution needs it.
+      config: the kind of projector.
+    """
+    x = features.astype(jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        if config.projector == "conv":
+            B, R, P, D = x.shape
+            y = jax.lax.conv_general_dilated(
+                x.reshape(B * R, *grid, D), params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            return (y + params["bias"]).reshape(B, R, P, -1)
+        return jax.nn.silu(x @ params["in"]) @ params["out"]
+
+
+def normalize_targets(
+    targets: Float[Array, "B R P E"], mean_removed: float, eps: float = 1e-6
+) -> Float[Array, "B R P E"]:
+    """iREPA's spatial normalisation: per reference and channel, (f - γ·mean_P f) / (std_P f + eps)."""
+    mean = jnp.mean(targets, axis=2, keepdims=True)
+    return (targets - mean_removed * mean) / (jnp.std(targets, axis=2, keepdims=True) + eps)
+
+
+def pull_push(
+    student: Float[Array, "B R P E"],
+    teacher: Float[Array, "B R P E"],
+    subject_ids: Int[Array, "B R"],
+    real: Bool[Array, "B R"],
+    config: AlignmentConfig,
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """L₊ and L₋ of one block for each sample.
+
+    Args:
+      student: projected reference tokens; normalised here.
+      teacher: VFM tokens, as stored; normalised here.
+      subject_ids: which subject a reference shows.
+      real: False where a reference is padding; its content, any, counts nowhere.
+      config: the margins.
+
+    Returns:
+      pull and push, 0 where there is no token or no pair to take a mean over.
+    """
+    R, P = student.shape[1:3]
+    shown = real[..., None, None]
+    s, f = (_unit(jnp.where(shown, x.astype(jnp.float32), 0)) for x in (student, teacher))
+
+    cosine = jnp.einsum("brpe,brpe->brp", s, f, precision="highest")
+    distances = jax.nn.relu(1 - cosine - config.pull_margin) * real[..., None]
+    pull = jnp.sum(distances, axis=(1, 2)) / (P * jnp.maximum(jnp.sum(real, axis=1), 1))
+
+    opposed = (subject_ids[:, :, None] != subject_ids[:, None, :]) & real[:, :, None] & real[:, None, :]
+    first, second = jnp.nonzero(~jnp.eye(R, dtype=bool), size=R * (R - 1))
+
+    @jax.checkpoint
+    def pair(i: Array, j: Array) -> Float[Array, " B"]:
+        cosine = jnp.einsum("bpe,bqe->bpq", s[:, i], f[:, j], precision="highest")
+        return jnp.sum(jax.nn.relu(config.push_margin - 1 + cosine), axis=(1, 2)) * opposed[:, i, j]
+
+    total, _ = jax.lax.scan(lambda sum_, ij: (sum_ + pair(*ij), None), jnp.zeros(s.shape[0]), (first, second))
+    return pull, total / (P * P * jnp.maximum(jnp.sum(opposed, axis=(1, 2)), 1))
+
+
+def alignment_terms(
+    projectors: Params,
+    features: Float[Array, "A B R P D"],
+    targets: Float[Array, "B R P E"],
+    subject_ids: Int[Array, "B R"],
+    num_references: Int[Array, " B"],
+    grid: tuple[int, int],
+    config: AlignmentConfig,
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Means over the aligned blocks of L₊ and of L₋, for each sample.
+
+    Args:
+      projectors: of all aligned blocks, as `init_projectors` makes them.
+      features: reference tokens after the aligned blocks, any float dtype.
+      targets: VFM tokens of the same references on the same grid.
+      subject_ids: which subject a reference shows.
+      num_references: references that are real; the others stand behind them and are padding.
+      grid: token rows and columns of a reference, P = rows·columns.
+      config: margins, kind of projector, normalisation of targets.
+
+    Returns:
+      pull [B] and push [B], float32, ≥ 0.
+
+    Raises:
+      ValueError: targets of another width or grid than configured.
+    """
+    if targets.shape[-1] != config.vfm_width:
+        raise ValueError(
+            f"vfm_features are {targets.shape[-1]} wide, AlignmentConfig.vfm_width={config.vfm_width}; set it to the "
+            "width of the VFM that made them."
+        )
+    if targets.shape[2] != features.shape[3] or grid[0] * grid[1] != features.shape[3]:
+        raise ValueError(
+            f"vfm_features have {targets.shape[2]} tokens a reference, the transformer has {features.shape[3]} on a "
+            f"{grid[0]}x{grid[1]} grid; both must come from the same pixels."
+        )
+    real = jnp.arange(targets.shape[1]) < num_references[:, None]
+    targets = jnp.where(real[..., None, None], targets.astype(jnp.float32), 0)
+    if config.normalize_targets:
+        targets = normalize_targets(targets, config.target_mean_removed)
+
+    @jax.checkpoint
+    def block(params: Params, x: Float[Array, "B R P D"]) -> tuple[Array, Array]:
+        return pull_push(project(params, x, grid, config), targets, subject_ids, real, config)
+
+    with jax.named_scope("alignment"):
+        zeros = jnp.zeros(targets.shape[0])
+        (pull, push), _ = jax.lax.scan(
+            lambda sums, xs: (jax.tree.map(jnp.add, sums, block(*xs)), None), (zeros, zeros), (projectors, features)
+        )
+    return pull / features.shape[0], push / features.shape[0]
+
+
+def alignment_loss(pull: Float[Array, " B"], push: Float[Array, " B"], config: AlignmentConfig) -> Float[Array, " B"]:
+    """L_RA = α·L₊ + β·L₋ of each sample."""
+    return config.pull_weight * pull + config.push_weight * push
+
+
+def gate(t: Float[Array, " B"], config: AlignmentConfig) -> Float[Array, " B"]:
+    """g(t) = (t/1000)^power, t in [0, 1000]: alignment acts at high noise."""
+    return (t / 1000) ** config.gate_power
+
+
+def schedule_weight(step: Int[Array, ""], config: AlignmentConfig) -> Float[Array, ""]:
+    """λ at a training step: constant, and 0 from `stop_step` on where that is set (HASTE)."""
+    stopped = (step >= config.stop_step) if config.stop_step else False
+    return jnp.where(stopped, 0.0, config.weight)
+
+
+def _unit(x: Float[Array, "... E"]) -> Float[Array, "... E"]:
+    """x / max(‖x‖, 1e-12), with a zero gradient at zero."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-24))

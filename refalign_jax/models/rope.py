@@ -1,0 +1,89 @@
+"""Three-dimensional rotary positions and the sinusoid of the time, from tables made in float64.
+
+A pair of channels (2i, 2i+1) of an axis of width d turns by the angle position · theta^(-2i/d). A token at frame f,
+row h, column w turns its first K-2⌊K/3⌋ channels by f, the next ⌊K/3⌋ by h and the last ⌊K/3⌋ by w.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+
+from refalign_jax.config import DiTConfig
+from refalign_jax.types import Array, Float, Int
+
+Rotation = tuple[Float[Array, "#B T 1 K"], Float[Array, "#B T 1 K"]]
+"""Cosine and sine of each channel's angle; both channels of a pair hold the same."""
+
+
+@functools.lru_cache(maxsize=8)
+def _angles(positions: int, width: int, theta: float) -> np.ndarray:
+    """Angles [positions, width] in float64, each pair's repeated."""
+    frequencies = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    return np.repeat(np.outer(np.arange(positions, dtype=np.float64), frequencies), 2, axis=-1)
+
+
+def rotation(
+    frames: Int[Array, "#B F"], rows: int, columns: int, config: DiTConfig
+) -> Rotation:
+    """Cosines and sines for a grid of tokens, frames outermost.
+
+    Args:
+      frames: time position of each frame; the leading axis is 1 where samples share them.
+      rows: token rows, from position 0.
+      columns: token columns, from position 0.
+      config: for the widths of the three axes.
+
+    Returns:
+      Two float32 arrays [B or 1, F·rows·columns, 1, K].
+    """
+    time, row, column = (_angles(config.max_position, width, config.rope_theta) for width in config.rope_widths)
+
+    def table(function: np.ufunc) -> Array:
+        grid = (*frames.shape, rows, columns)
+        parts = (
+            jnp.asarray(function(time), jnp.float32)[frames][:, :, None, None],
+            jnp.asarray(function(row[:rows]), jnp.float32)[None, None, :, None],
+            jnp.asarray(function(column[:columns]), jnp.float32)[None, None, None, :],
+        )
+        joined = jnp.concatenate([jnp.broadcast_to(part, (*grid, part.shape[-1])) for part in parts], axis=-1)
+        return joined.reshape(frames.shape[0], -1, 1, config.head_width)
+
+    return table(np.cos), table(np.sin)
+
+
+def rotate(x: Float[Array, "B T N K"], turn: Rotation) -> Float[Array, "B T N K"]:
+    """Turns each pair of channels (a, b) to (a·cos - b·sin, b·cos + a·sin), in float32; returns x's dtype.
+
+    The partner of a channel comes by rolling the channel axis, which keeps it whole for the vector units.
+    """
+    cos, sin = turn
+    y = x.astype(jnp.float32)
+    even = jnp.arange(x.shape[-1]) % 2 == 0
+    partner = jnp.where(even, -jnp.roll(y, -1, axis=-1), jnp.roll(y, 1, axis=-1))
+    return (y * cos + partner * sin).astype(x.dtype)
+
+
+def time_sinusoid(t: Float[Array, " B"], width: int) -> Float[Array, "B width"]:
+    """[cos, sin] of t · 10000^(-i/half), half = width/2.
+
+    Args:
+      t: float32 in [0, 1000].
+      width: even.
+
+    Returns:
+      float32, exact to 2e-7: the angle reaches 1,000, where float32 is 6e-5 coarse, so that the whole part of t looks
+      its cosine up in a table made in float64 and the fraction is added by the angle-sum identities.
+    """
+    half = width // 2
+    frequencies = 10000.0 ** (-np.arange(half, dtype=np.float64) / half)
+    angles = np.outer(np.arange(1001, dtype=np.float64), frequencies)
+    whole = jnp.clip(jnp.floor(t), 0, 1000)
+    rest = (t - whole)[:, None] * jnp.asarray(frequencies, jnp.float32)
+    index = whole.astype(jnp.int32)
+    cos, sin = (jnp.asarray(f(angles), jnp.float32)[index] for f in (np.cos, np.sin))
+    return jnp.concatenate(
+        [cos * jnp.cos(rest) - sin * jnp.sin(rest), sin * jnp.cos(rest) + cos * jnp.sin(rest)], axis=-1
+    )
