@@ -1,7 +1,7 @@
 """Wan2.1's causal video VAE: pixels to normalised latents and back, in chunks of time.
 
   encode: video [B, T, h, w, 3] in [-1, 1]  ->  z [B, F, H, W, C],  z = (mu(video) - mean_c) / std_c
-  decode: z  ->  video clipped to [-1, 1]
+  decode: z  ->  video [B, T, h, w, 3], about [-1, 1] (clip it before showing it)
 
 with T = 4k+1, F = k+1, H = h/8, W = w/8 for the published sizes; mu is the mean of the posterior, nothing is sampled.
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,8 +31,8 @@ from flax import linen as nn
 
 from refalign_jax.types import Array, Float, Key, Params
 
-CACHED_FRAMES = 2
-"""What a causal convolution of three frames remembers."""
+Step = Callable[[Array, Mapping[str, Any], bool], tuple[Array, Mapping[str, Any]]]
+"""(chunk, memories, is it the first) -> (what it becomes, memories after it)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -350,12 +350,12 @@ def encode(
         raise ValueError(f"video is {h}x{w} pixels; rows and columns must be positive multiples of {side}.")
     mean, std = jnp.asarray(config.latent_mean), jnp.asarray(config.latent_std)
 
-    def step(chunk: Array, cache: Params, first: bool) -> tuple[Array, Params]:
+    def step(chunk: Array, cache: Mapping[str, Any], first: bool) -> tuple[Array, Mapping[str, Any]]:
         mu, cache = Encoder(config).apply({"params": params["encoder"], **cache}, chunk, first, mutable=["cache"])
         return (mu.astype(jnp.float32) - mean) / std, cache
 
     shape = (B, (T - 1) // span + 1, h // side, w // side, config.latent_channels)
-    return _stream(step, video, shape, _tiles(shape[2:4], 1, side, tiling))
+    return _stream(step, video, shape, frames=(span, 1), cells=(side, 1), tiling=tiling)
 
 
 def decode(
@@ -370,7 +370,7 @@ def decode(
       tiling: None, or tiles to decode one by one where the frames are larger than one.
 
     Returns:
-      RGB in [-1, 1], float32, 4(F-1)+1 frames.
+      RGB in float32, 4(F-1)+1 frames, mostly in [-1, 1] and not clipped to it.
 
     Raises:
       ValueError: another rank or number of channels, or nothing to decode.
@@ -383,10 +383,101 @@ def decode(
     B, F, H, W, _ = latents.shape
     mean, std = jnp.asarray(config.latent_mean), jnp.asarray(config.latent_std)
 
-    def step(latent: Array, cache: Params, first: bool) -> tuple[Array, Params]:
+    def step(latent: Array, cache: Mapping[str, Any], first: bool) -> tuple[Array, Mapping[str, Any]]:
         z = latent.astype(jnp.float32) * std + mean
         video, cache = Decoder(config).apply({"params": params["decoder"], **cache}, z, first, mutable=["cache"])
-        return jnp.clip(video.astype(jnp.float32), -1.0, 1.0), cache
+        return video.astype(jnp.float32), cache
 
     shape = (B, (F - 1) * span + 1, H * side, W * side, 3)
-    return _stream(step, latents, shape, _tiles(shape[2:4], side, side, tiling))
+    return _stream(step, latents, shape, frames=(1, span), cells=(1, side), tiling=tiling)
+
+
+def _axis(cells: int, tile: int, overlap: int, unit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts one axis into equal tiles; the last is moved back to end where the axis ends.
+
+    Args:
+      cells: length of the axis in latent cells.
+      tile: length of a tile in cells.
+      overlap: cells that neighbours share, at least.
+      unit: positions of the result in a cell.
+
+    Returns:
+      The tiles' first cells [n], and the weights [n, tile·unit] of their positions: linear over the overlaps, and
+      summing to one at each position of the axis.
+    """
+    if cells <= tile:
+        return np.zeros(1, np.int32), np.ones((1, cells * unit), np.float32)
+    count = math.ceil((cells - overlap) / (tile - overlap))
+    starts = np.minimum(np.arange(count) * (tile - overlap), cells - tile)
+    ramp = (np.arange(overlap * unit) + 0.5) / max(overlap * unit, 1)
+    weights = np.ones((count, tile * unit))
+    weights[1:, : len(ramp)] *= ramp
+    weights[:-1, tile * unit - len(ramp) :] *= ramp[::-1]
+    total = np.zeros(cells * unit)
+    spans = [slice(start * unit, (start + tile) * unit) for start in starts]
+    for span, weight in zip(spans, weights, strict=True):
+        total[span] += weight
+    weights /= np.stack([total[span] for span in spans])
+    return starts.astype(np.int32), weights.astype(np.float32)
+
+
+def _stream(
+    step: Step,
+    source: Float[Array, "B T h w c"],
+    shape: tuple[int, ...],
+    *,
+    frames: tuple[int, int],
+    cells: tuple[int, int],
+    tiling: Tiling | None,
+) -> Float[Array, "B T2 h2 w2 c2"]:
+    """Runs `step` over the chunks of time of each tile and adds what comes out into the result.
+
+    The source is sliced and the result updated in place inside the scans: stacking chunks outside would copy both.
+
+    Args:
+      step: codes one chunk.
+      source: what is coded.
+      shape: shape of the result.
+      frames: frames of a chunk after the first, in the source and in the result.
+      cells: pixels or latents a latent cell measures, in the source and in the result.
+      tiling: None for one tile.
+
+    Returns:
+      The result in float32.
+    """
+    rows, columns = source.shape[2] // cells[0], source.shape[3] // cells[0]
+    side = max(cells)
+    if tiling is not None and (tiling.size % side or tiling.overlap % side):
+        raise ValueError(f"tiles of {tiling.size} pixels sharing {tiling.overlap}: both must be multiples of {side}.")
+    tile, overlap = (tiling.size // side, tiling.overlap // side) if tiling else (max(rows, columns), 0)
+    tops, row_weights = _axis(rows, tile, overlap, cells[1])
+    lefts, column_weights = _axis(columns, tile, overlap, cells[1])
+    window = (min(tile, rows) * cells[0], min(tile, columns) * cells[0])
+    grid = np.stack(np.meshgrid(np.arange(len(tops)), np.arange(len(lefts)), indexing="ij"), axis=-1).reshape(-1, 2)
+
+    def code_tile(result: Array, position: Array) -> tuple[Array, None]:
+        top, left = jnp.asarray(tops)[position[0]], jnp.asarray(lefts)[position[1]]
+        weight = (
+            jnp.asarray(row_weights)[position[0], :, None, None] * jnp.asarray(column_weights)[position[1], :, None]
+        )
+
+        def code_chunk(carry: tuple[Array, Any], chunk: Array | int, first: bool) -> tuple[tuple[Array, Any], None]:
+            result, cache = carry
+            begin, length = (0, 1) if first else (1 + chunk * frames[0], frames[0])
+            part = jax.lax.dynamic_slice(
+                source,
+                (0, begin, top * cells[0], left * cells[0], 0),
+                (source.shape[0], length, *window, source.shape[-1]),
+            )
+            piece, cache = step(part, cache, first)
+            at = (0, 0 if first else 1 + chunk * frames[1], top * cells[1], left * cells[1], 0)
+            blended = jax.lax.dynamic_slice(result, at, piece.shape) + weight * piece
+            return (jax.lax.dynamic_update_slice(result, blended, at), cache), None
+
+        carry, _ = code_chunk((result, {}), 0, True)
+        chunks = (source.shape[1] - 1) // frames[0]
+        if chunks:
+            carry, _ = jax.lax.scan(lambda c, k: code_chunk(c, k, False), carry, jnp.arange(chunks))
+        return carry[0], None
+
+    return jax.lax.scan(code_tile, jnp.zeros(shape, jnp.float32), jnp.asarray(grid))[0]
