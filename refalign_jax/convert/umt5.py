@@ -55,7 +55,7 @@ def umt5_names(shapes: Mapping[str, tuple[int, ...]]) -> Names:
     return "transformers" if any(name.startswith(("encoder.block.", "shared.")) for name in shapes) else "wan"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Untied:
     """A weight file with the token embedding under `shared.weight` alone. Implements `table.Tensors`."""
 

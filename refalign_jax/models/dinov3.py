@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import flax.linen as nn
 import jax
@@ -171,7 +171,7 @@ class Block(nn.Module):
     def _norm(self, name: str) -> nn.LayerNorm:
         return nn.LayerNorm(epsilon=self.config.eps, dtype=jnp.float32, use_fast_variance=False, name=name)
 
-    def _layerscale(self, name: str) -> Float[Array, "E"]:
+    def _layerscale(self, name: str) -> Float[Array, " E"]:
         return self.param(name, nn.initializers.constant(self.config.layerscale), (self.config.width,), jnp.float32)
 
     @nn.compact
@@ -274,7 +274,7 @@ def normalize(pixels: Float[Array, "*B h w 3"]) -> Float[Array, "*B h w 3"]:
 @functools.partial(jax.jit, static_argnames="config")
 def encode_tokens(params: Params, pixels: Float[Array, "B h w 3"], config: DINOv3Config) -> Float[Array, "B T E"]:
     """All tokens of normalised images (see `normalize`): CLS, registers, patches; T = 1 + registers + h/16·w/16."""
-    return DINOv3(config).apply({"params": params}, pixels)
+    return cast(Array, DINOv3(config).apply({"params": params}, pixels))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -293,6 +293,6 @@ def encode(params: Params, pixels: Float[Array, "B h w 3"], config: DINOv3Config
       ValueError: height or width is not a multiple of the patch size.
     """
     batch, height, width, _ = pixels.shape
-    tokens = DINOv3(config).apply({"params": params}, normalize(pixels))
+    tokens = encode_tokens(params, normalize(pixels), config)
     grid = (batch, height // config.patch_size, width // config.patch_size, config.width)
     return tokens[:, 1 + config.num_register_tokens :].reshape(grid)

@@ -20,7 +20,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -78,7 +78,8 @@ class UMT5Config:
             raise ValueError(f"UMT5Config.num_buckets is {self.num_buckets}; it must be a multiple of 4.")
         if self.max_distance <= self.num_buckets // 4:
             raise ValueError(
-                f"UMT5Config.max_distance is {self.max_distance}; it must exceed num_buckets/4, {self.num_buckets // 4}."
+                f"UMT5Config.max_distance is {self.max_distance}; it must exceed num_buckets/4,"
+                f" {self.num_buckets // 4}."
             )
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"UMT5Config.compute_dtype is {self.compute_dtype!r}; it must be float32 or bfloat16.")
@@ -203,7 +204,8 @@ def encode(
     Returns:
       Embeddings, float32.
     """
-    return UMT5Encoder(config).apply({"params": params}, ids, mask) * (mask[..., None] > 0)
+    embeddings = cast(Array, UMT5Encoder(config).apply({"params": params}, ids, mask))
+    return embeddings * (mask[..., None] > 0)
 
 
 def clean_prompt(prompt: str) -> str:
@@ -268,7 +270,7 @@ def tokenize(
 
 def encode_prompts(
     params: Params, prompts: Sequence[str], tokenizer: Any, config: UMT5Config, max_tokens: int = MAX_TOKENS
-) -> tuple[Float[Array, "B S D"], Int[Array, "B"]]:
+) -> tuple[Float[Array, "B S D"], Int[Array, " B"]]:
     """Embeds prompts as the DiT takes them.
 
     Args:

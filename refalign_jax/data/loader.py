@@ -1,0 +1,309 @@
+"""Batches of prepared examples, by Grain: shuffled, padded, split over processes, exact on resume.
+
+The global order is a function of (seed, position) alone. Position p is epoch ⌊p/n⌋, place p mod n, and the place's
+example comes from a pseudo-random permutation of the n training examples that is seeded by seed + epoch. Global batch
+k holds the positions [k·B, (k+1)·B) after the start; process i of N takes rows [i·B/N, (i+1)·B/N) of it. So the order
+knows nothing of processes, workers or threads, and the iterator's whole state is the number of examples consumed:
+seeking is O(1), and a run may go on with another number of processes or another batch size.
+
+The last `held_out` examples of a dataset never appear in training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+
+from refalign_jax.data.example import FIELDS, MAX_TEXT_LENGTH, fill
+from refalign_jax.data.shards import CorruptRecordError, Spec
+
+Batch = dict[str, np.ndarray]
+"""What the loader gives, B rows of a process:
+
+video_latents [B,F,H,W,C] · reference_latents [B,R,H,W,C] · num_references [B] int32 · subject_ids [B,R] int32, -1 where
+padded · text [B,S,text_width] · vfm_features [B,R,P,E] · ids [B] str · index [B] int64, the example's place in the
+dataset. Padding is a suffix of zeros.
+"""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which examples are read, and how they become batches."""
+
+    path: str = ""
+    """Folder of a prepared dataset, local or `gs://`."""
+    batch_size: int = 8
+    """Examples a step over all processes."""
+    max_references: int = 3
+    """References a row holds; an example's further ones are left out, the first are kept."""
+    text_length: int = 512
+    """Text tokens a row holds; the DiT attends to all of them, padding included."""
+    dtype: Literal["float32", "stored"] = "stored"
+    """dtype of latents, text and VFM targets in a batch: float32, or as stored (int8 targets always become float32)."""
+    shuffle_seed: int = 0
+    """Seed of the global order, in [0, 2^32)."""
+    held_out: int = 0
+    """Examples at the dataset's end that training never sees: a multiple of batch_size, 0 for none."""
+    num_workers: int = 0
+    """Processes that read and batch; 0 reads in threads of this one. Batches come through /dev/shm, which must hold a
+    few of them for each worker."""
+    num_threads: int = 2
+    """Threads that read and batch, in each worker."""
+    prefetch: int = 2
+    """Batches kept ready, in each worker."""
+    max_corrupt: int = 0
+    """Corrupt records that a process replaces by the next readable one and reports, before it stops with an error."""
+
+    def __post_init__(self) -> None:
+        least = {"batch_size": 1, "max_references": 1, "text_length": 1, "num_threads": 1, "prefetch": 1}
+        least |= {"shuffle_seed": 0, "held_out": 0, "num_workers": 0, "max_corrupt": 0}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least {minimum}.")
+        if self.text_length > MAX_TEXT_LENGTH:
+            raise ValueError(f"data.text_length is {self.text_length}; it must be at most {MAX_TEXT_LENGTH}.")
+        if self.shuffle_seed >= 2**32:
+            raise ValueError(f"data.shuffle_seed is {self.shuffle_seed}; it must be below 2^32.")
+        if self.dtype not in ("float32", "stored"):
+            raise ValueError(f"data.dtype is {self.dtype!r}; it must be float32 or stored.")
+        if self.held_out % self.batch_size:
+            raise ValueError(
+                f"data.held_out is {self.held_out}; it must be a multiple of batch_size {self.batch_size}."
+            )
+
+
+class Source(Protocol):
+    """Random access to stored examples: `shards.ShardSource`, `synthetic.SyntheticSource`."""
+
+    spec: Spec
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Returns arrays and metadata as `example.parse` does; raises CorruptRecordError."""
+        ...
+
+
+class BatchIterator:
+    """An endless iterator over the batches of one process; see `Batch`.
+
+    Made by `make_loader`. `close` ends its workers; a worker also ends by itself when this process is gone.
+    """
+
+    def __init__(self, dataset: grain.MapDataset, config: DataConfig, rank: int, processes: int, about: dict[str, int]):
+        self._dataset, self._config, self._rank, self._processes = dataset, config, rank, processes
+        self._about = about
+        self._consumed = 0
+        self._corrupt: set[str] = set()
+        self._iterator: grain.DatasetIterator | None = None
+
+    def _start(self) -> grain.DatasetIterator:
+        """Builds Grain's pipeline from the present position on."""
+        config = self._config
+        batches = self._dataset[self._consumed :].batch(
+            config.batch_size // self._processes, batch_fn=_Collate(config)
+        )[self._rank :: self._processes]
+        options = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
+        pipeline = batches.to_iter_dataset(options)
+        if config.num_workers:
+            # Grain reads its settings from absl flags, which a program that is no absl app never parses.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            workers = grain.MultiprocessingOptions(num_workers=config.num_workers)
+            pipeline = pipeline.mp_prefetch(workers, worker_init_fn=_start_worker)
+        return iter(pipeline)
+
+    def __iter__(self) -> BatchIterator:
+        return self
+
+    def __next__(self) -> Batch:
+        """Returns the next batch.
+
+        Raises:
+          ValueError: more than `max_corrupt` records can't be read.
+        """
+        if self._iterator is None:
+            self._iterator = self._start()
+        batch = next(self._iterator)
+        for message in batch.pop("corrupt"):
+            if message not in self._corrupt:
+                self._corrupt.add(message)
+                logger.warning("%s It is skipped (%d of %d).", message, len(self._corrupt), self._config.max_corrupt)
+            if len(self._corrupt) > self._config.max_corrupt:
+                self.close()
+                raise ValueError(_too_many(message, self._config.max_corrupt))
+        self._consumed += self._config.batch_size
+        if self._config.num_workers:
+            # Out of shared memory: what a caller still holds at exit would otherwise be reported as leaked.
+            batch = {name: np.array(values) for name, values in batch.items()}
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """Returns the position after the last batch taken: plain JSON, the same in every process."""
+        return {"examples_consumed": self._consumed, **self._about}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Goes to a position that `get_state` gave, at any number of processes or workers and any batch size.
+
+        Raises:
+          ValueError: the state belongs to another order: another seed, dataset size or split.
+        """
+        for name, value in self._about.items():
+            if state.get(name) != value:
+                raise ValueError(
+                    f"The data iterator was saved with {name} {state.get(name)}, now it is {value}; "
+                    "the order of examples would change, so restore the old setting or start anew."
+                )
+        self.close()
+        self._consumed = state["examples_consumed"]
+
+    def close(self) -> None:
+        """Ends threads and workers; the next batch starts them anew."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+def make_loader(
+    config: DataConfig,
+    source: Source,
+    *,
+    split: Literal["train", "held_out"] = "train",
+    process_index: int = 0,
+    process_count: int = 1,
+) -> BatchIterator:
+    """Returns the batches of one process.
+
+    Training is shuffled anew each epoch and never ends, nor does it drop a remainder: an epoch's end and the next
+    one's begin share a batch. The held-out split is in written order, and held_out / batch_size batches are one pass.
+
+    Args:
+      config: see there.
+      source: the examples; `ShardSource(config.path)`, or synthetic ones.
+      split: "train", or "held_out", the last `config.held_out` examples.
+      process_index: jax.process_index().
+      process_count: jax.process_count().
+
+    Raises:
+      ValueError: a batch that does not divide, fewer examples than held out, or text that would be cut.
+    """
+    if config.batch_size % process_count:
+        raise ValueError(f"data.batch_size is {config.batch_size}; {process_count} processes must divide it.")
+    size = len(source) - config.held_out if split == "train" else config.held_out
+    if size < 1:
+        raise ValueError(
+            f"data.held_out is {config.held_out} of {len(source)} examples, which leaves none for the split {split}."
+        )
+    if source.spec.longest_text > config.text_length:
+        raise ValueError(
+            f"data.text_length is {config.text_length}, but the longest prompt has {source.spec.longest_text} tokens; "
+            f"it must be at least that, and METHOD's {MAX_TEXT_LENGTH} keeps the published context."
+        )
+    first = 0 if split == "train" else len(source) - config.held_out
+    dataset = grain.MapDataset.source(_Split(source, first, size, config.max_corrupt))
+    if split == "train":
+        dataset = dataset.shuffle(seed=config.shuffle_seed)
+    about = {"shuffle_seed": config.shuffle_seed, "first_example": first, "num_examples": size}
+    return BatchIterator(dataset.repeat(), config, process_index, process_count, about)
+
+
+class _Split:
+    """The examples [first, first + size) of a source; a corrupt one is replaced by the next readable one."""
+
+    def __init__(self, source: Source, first: int, size: int, max_corrupt: int) -> None:
+        self._source, self._first, self._size, self._max_corrupt = source, first, size, max_corrupt
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        corrupt: list[str] = []
+        while True:
+            index = self._first + (place + len(corrupt)) % self._size
+            try:
+                arrays, about = self._source[index]
+            except CorruptRecordError as error:
+                corrupt.append(str(error))
+                if len(corrupt) > min(self._max_corrupt, self._size - 1):
+                    raise ValueError(_too_many(corrupt[-1], self._max_corrupt)) from error
+                continue
+            return {"arrays": arrays, "id": about["id"], "index": index, "corrupt": corrupt}
+
+
+class _Collate:
+    """Pads examples into one batch, copying each array once."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self._config = config
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        B, R = len(examples), self._config.max_references
+        first = examples[0]["arrays"]
+        _, *frame = first["video_latents"].shape
+        shapes = {
+            "video_latents": first["video_latents"].shape,
+            "reference_latents": (R, *frame),
+            "text": (self._config.text_length, first["text"].shape[1]),
+            "vfm_features": (R, *first["vfm_features"].shape[1:]),
+        }
+        batch: dict[str, Any] = {
+            "num_references": np.array([min(len(e["arrays"]["subject_ids"]), R) for e in examples], np.int32),
+            "subject_ids": np.full((B, R), -1, np.int32),
+            "ids": np.array([e["id"] for e in examples]),
+            "index": np.array([e["index"] for e in examples], np.int64),
+            "corrupt": [message for e in examples for message in e["corrupt"]],
+        }
+        for name in FIELDS:
+            stored = first[name].dtype
+            dtype = np.dtype(np.float32) if self._config.dtype == "float32" or stored == np.int8 else stored
+            batch[name] = np.empty((B, *shapes[name]), dtype)
+        for row, example in enumerate(examples):
+            arrays = example["arrays"]
+            for name in FIELDS:
+                out = batch[name][row]
+                used = min(len(arrays[name]), len(out))
+                fill(out[:used], arrays, name)
+                out[used:] = 0
+            used = batch["num_references"][row]
+            batch["subject_ids"][row, :used] = arrays["subject_ids"][:used]
+        return batch
+
+
+def _too_many(message: str, limit: int) -> str:
+    """One sentence for the corrupt record that is one too many."""
+    return f"More than {limit} corrupt records (data.max_corrupt), the last: {message}"
+
+
+def _start_worker(index: int, count: int) -> None:
+    """Makes a worker leave with its parent and leave signals to it.
+
+    A parent that is killed can't stop its workers, so a thread waits for the parent's end. Grain starts workers from
+    a thread of its own, which rules out the kernel's parent-death signal: that one fires when the thread ends.
+    """
+    del index, count
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave_with_parent() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    # Ctrl-C and a preemption's SIGTERM reach the whole process group; the parent decides when the workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

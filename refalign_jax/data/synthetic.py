@@ -1,0 +1,55 @@
+"""Examples of any shape out of nothing, for performance work without data; they carry no meaning.
+
+Every array is a stretch of one Gaussian pool, at an offset that index and field decide, so an example costs no more
+than a read from memory and is the same in every process.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from refalign_jax.data.shards import Spec
+
+_OFFSETS = 65_537
+"""Distinct starts in the pool, a prime: stepping by any number visits all of them."""
+
+
+class SyntheticSource:
+    """Random access to examples made from (seed, index), in bfloat16; a `loader.Source`.
+
+    Args:
+      spec: their number and shapes. Example i has `spec.longest_text` text tokens and `spec.most_references`
+        references, each a subject of its own.
+      seed: of the pool.
+    """
+
+    def __init__(self, spec: Spec, seed: int = 0) -> None:
+        self.spec, self._seed = spec, seed
+        R, (F, H, W, C) = spec.most_references, spec.video_latents
+        self._shapes = {
+            "video_latents": (F, H, W, C),
+            "reference_latents": (R, H, W, C),
+            "text": (spec.longest_text, spec.text_width),
+            "vfm_features": (R, spec.vfm_tokens, spec.vfm_width),
+        }
+
+    @functools.cached_property
+    def _pool(self) -> np.ndarray:
+        size = max(math.prod(shape) for shape in self._shapes.values()) + _OFFSETS
+        return np.random.default_rng(self._seed).standard_normal(size, np.float32).astype(ml_dtypes.bfloat16)
+
+    def __len__(self) -> int:
+        return self.spec.num_examples
+
+    def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Returns arrays and metadata in the form of `example.parse`; read-only views."""
+        arrays: dict[str, np.ndarray] = {"subject_ids": np.arange(self.spec.most_references, dtype=np.int32)}
+        for field, (name, shape) in enumerate(self._shapes.items()):
+            start = (40_503 * (4 * index + field)) % _OFFSETS
+            arrays[name] = self._pool[start : start + math.prod(shape)].reshape(shape)
+        return arrays, {"id": f"synthetic-{index:08d}", "prompt": "", "metadata": {"synthetic": True}}

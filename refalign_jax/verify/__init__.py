@@ -1,0 +1,1 @@
+"""Cross-framework verification: values that another framework wrote, computed again here and compared."""
