@@ -21,18 +21,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
+from refalign_jax.models.streaming import Tiling, stream
 from refalign_jax.types import Array, Float, Key, Params
-
-Step = Callable[[Array, Mapping[str, Any], bool], tuple[Array, Mapping[str, Any]]]
-"""(chunk, memories, is it the first) -> (what it becomes, memories after it)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,18 +98,6 @@ class VAEConfig:
     def dtype(self) -> Any:
         """`compute_dtype` as JAX's."""
         return jnp.dtype(self.compute_dtype)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tiling:
-    """Square tiles in pixels: their side and how many pixels neighbours share, over which they are blended."""
-
-    size: int = 256
-    overlap: int = 64
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.overlap < self.size:
-            raise ValueError(f"overlap is {self.overlap}; it must be at least 0 and below the tile size {self.size}.")
 
 
 def _convolve(
@@ -355,7 +340,7 @@ def encode(
         return (mu.astype(jnp.float32) - mean) / std, cache
 
     shape = (B, (T - 1) // span + 1, h // side, w // side, config.latent_channels)
-    return _stream(step, video, shape, frames=(span, 1), cells=(side, 1), tiling=tiling)
+    return stream(step, video, shape, frames=(span, 1), cells=(side, 1), tiling=tiling)
 
 
 def decode(
@@ -389,95 +374,4 @@ def decode(
         return video.astype(jnp.float32), cache
 
     shape = (B, (F - 1) * span + 1, H * side, W * side, 3)
-    return _stream(step, latents, shape, frames=(1, span), cells=(1, side), tiling=tiling)
-
-
-def _axis(cells: int, tile: int, overlap: int, unit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts one axis into equal tiles; the last is moved back to end where the axis ends.
-
-    Args:
-      cells: length of the axis in latent cells.
-      tile: length of a tile in cells.
-      overlap: cells that neighbours share, at least.
-      unit: positions of the result in a cell.
-
-    Returns:
-      The tiles' first cells [n], and the weights [n, tile·unit] of their positions: linear over the overlaps, and
-      summing to one at each position of the axis.
-    """
-    if cells <= tile:
-        return np.zeros(1, np.int32), np.ones((1, cells * unit), np.float32)
-    count = math.ceil((cells - overlap) / (tile - overlap))
-    starts = np.minimum(np.arange(count) * (tile - overlap), cells - tile)
-    ramp = (np.arange(overlap * unit) + 0.5) / max(overlap * unit, 1)
-    weights = np.ones((count, tile * unit))
-    weights[1:, : len(ramp)] *= ramp
-    weights[:-1, tile * unit - len(ramp) :] *= ramp[::-1]
-    total = np.zeros(cells * unit)
-    spans = [slice(start * unit, (start + tile) * unit) for start in starts]
-    for span, weight in zip(spans, weights, strict=True):
-        total[span] += weight
-    weights /= np.stack([total[span] for span in spans])
-    return starts.astype(np.int32), weights.astype(np.float32)
-
-
-def _stream(
-    step: Step,
-    source: Float[Array, "B T h w c"],
-    shape: tuple[int, ...],
-    *,
-    frames: tuple[int, int],
-    cells: tuple[int, int],
-    tiling: Tiling | None,
-) -> Float[Array, "B T2 h2 w2 c2"]:
-    """Runs `step` over the chunks of time of each tile and adds what comes out into the result.
-
-    The source is sliced and the result updated in place inside the scans: stacking chunks outside would copy both.
-
-    Args:
-      step: codes one chunk.
-      source: what is coded.
-      shape: shape of the result.
-      frames: frames of a chunk after the first, in the source and in the result.
-      cells: pixels or latents a latent cell measures, in the source and in the result.
-      tiling: None for one tile.
-
-    Returns:
-      The result in float32.
-    """
-    rows, columns = source.shape[2] // cells[0], source.shape[3] // cells[0]
-    side = max(cells)
-    if tiling is not None and (tiling.size % side or tiling.overlap % side):
-        raise ValueError(f"tiles of {tiling.size} pixels sharing {tiling.overlap}: both must be multiples of {side}.")
-    tile, overlap = (tiling.size // side, tiling.overlap // side) if tiling else (max(rows, columns), 0)
-    tops, row_weights = _axis(rows, tile, overlap, cells[1])
-    lefts, column_weights = _axis(columns, tile, overlap, cells[1])
-    window = (min(tile, rows) * cells[0], min(tile, columns) * cells[0])
-    grid = np.stack(np.meshgrid(np.arange(len(tops)), np.arange(len(lefts)), indexing="ij"), axis=-1).reshape(-1, 2)
-
-    def code_tile(result: Array, position: Array) -> tuple[Array, None]:
-        top, left = jnp.asarray(tops)[position[0]], jnp.asarray(lefts)[position[1]]
-        weight = (
-            jnp.asarray(row_weights)[position[0], :, None, None] * jnp.asarray(column_weights)[position[1], :, None]
-        )
-
-        def code_chunk(carry: tuple[Array, Any], chunk: Array | int, first: bool) -> tuple[tuple[Array, Any], None]:
-            result, cache = carry
-            begin, length = (0, 1) if first else (1 + chunk * frames[0], frames[0])
-            part = jax.lax.dynamic_slice(
-                source,
-                (0, begin, top * cells[0], left * cells[0], 0),
-                (source.shape[0], length, *window, source.shape[-1]),
-            )
-            piece, cache = step(part, cache, first)
-            at = (0, 0 if first else 1 + chunk * frames[1], top * cells[1], left * cells[1], 0)
-            blended = jax.lax.dynamic_slice(result, at, piece.shape) + weight * piece
-            return (jax.lax.dynamic_update_slice(result, blended, at), cache), None
-
-        carry, _ = code_chunk((result, {}), 0, True)
-        chunks = (source.shape[1] - 1) // frames[0]
-        if chunks:
-            carry, _ = jax.lax.scan(lambda c, k: code_chunk(c, k, False), carry, jnp.arange(chunks))
-        return carry[0], None
-
-    return jax.lax.scan(code_tile, jnp.zeros(shape, jnp.float32), jnp.asarray(grid))[0]
+    return stream(step, latents, shape, frames=(1, span), cells=(1, side), tiling=tiling)

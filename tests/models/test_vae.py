@@ -1,11 +1,9 @@
 """The VAE against golden values of the published code, and its properties."""
 
-import functools
 import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
