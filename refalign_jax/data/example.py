@@ -118,7 +118,9 @@ def check_shapes(arrays: Mapping[str, np.ndarray], id: str) -> None:
         raise ValueError(f"Example {id}: text has shape {text}; it must be [1 to {MAX_TEXT_LENGTH} tokens, width].")
 
 
-def quantize(features: Float[np.ndarray, "*tokens E"]) -> tuple[Int[np.ndarray, "*tokens E"], Float[np.ndarray, "*tokens 1"]]:
+def quantize(
+    features: Float[np.ndarray, "*tokens E"],
+) -> tuple[Int[np.ndarray, "*tokens E"], Float[np.ndarray, "*tokens 1"]]:
     """Rounds each token to int8 by a scale of its own.
 
     Returns:
@@ -214,4 +216,13 @@ def decode(blob: bytes) -> Example:
     values = {name: np.empty(arrays[name].shape, np.float32) for name in FIELDS}
     for name, out in values.items():
         fill(out, arrays, name)
-    return Example(**about, **values, subject_ids=arrays["subject_ids"])
+    return Example(
+        id=about["id"],
+        prompt=about["prompt"],
+        metadata=about["metadata"],
+        subject_ids=arrays["subject_ids"],
+        video_latents=values["video_latents"],
+        reference_latents=values["reference_latents"],
+        text=values["text"],
+        vfm_features=values["vfm_features"],
+    )

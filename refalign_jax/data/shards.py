@@ -379,7 +379,7 @@ class ShardSource:
         shards = self.manifest.shards
         if not self.manifest.complete:
             raise ValueError(
-                f"{self.folder} is unfinished, {self.manifest.num_examples} examples in {len(shards)} shards are there; "
+                f"{self.folder} is unfinished with {self.manifest.num_examples} examples in {len(shards)} shards; "
                 "run the command that prepares it again, it goes on where it stopped."
             )
         if not shards:
@@ -433,7 +433,7 @@ def verify(folder: str | os.PathLike[str]) -> list[str]:
         try:
             _check_size(path, shard)
             with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest != shard.sha256:
                 raise ValueError(f"{path} has SHA-256 {digest[:12]}…, the manifest says {shard.sha256[:12]}….")
         except (ValueError, OSError) as error:

@@ -1,0 +1,114 @@
+"""What a prepared dataset holds, in lines and as a picture: the body of tools/inspect.py.
+
+Latents have no decoder here. The contact sheet shows their first three principal components as red, green and blue: a
+row an example, first the video's middle latent frame, then each reference on the same colour axes.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import textwrap
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+
+from refalign_jax.data.example import FIELDS, fill
+from refalign_jax.data.shards import Manifest, ShardSource, read_manifest
+from refalign_jax.data.shards import verify as check_shards
+from refalign_jax.types import Float
+
+
+def describe(manifest: Manifest) -> str:
+    """Returns the lines that tell counts, shapes, dtypes, references and text lengths."""
+    shards, spec = manifest.shards, manifest.spec
+    F, H, W, C = spec.video_latents
+    shapes = {
+        "video_latents": f"[{F}, {H}, {W}, {C}]",
+        "reference_latents": f"[R, {H}, {W}, {C}]",
+        "text": f"[S, {spec.text_width}]",
+        "vfm_features": f"[R, {spec.vfm_tokens}, {spec.vfm_width}]",
+    }
+    size = sum(shard.bytes for shard in shards)
+    lines = [
+        f"examples    {manifest.num_examples} in {len(shards)} shards, {size / 1e9:.3f} GB"
+        + ("" if manifest.complete else "; unfinished"),
+        *(f"{name:18s} {shapes[name]:22s} {getattr(manifest.storage, name)}" for name in FIELDS),
+        f"stored VFM targets, mean cosine to the given ones {manifest.vfm_cosine:.6f}",
+    ]
+    references = collections.Counter(count for shard in shards for count in shard.references)
+    lines.append("references  " + ", ".join(f"{count}: {references[count]}" for count in sorted(references)))
+    lengths = np.array([length for shard in shards for length in shard.text_lengths] or [0])
+    lines.append(f"text tokens {lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}")
+    lines.append("made        " + json.dumps(dict(manifest.made)))
+    return "\n".join(lines)
+
+
+def principal_colours(frames: Float[np.ndarray, "N H W C"]) -> Float[np.ndarray, "N H W rgb"]:
+    """Projects latents to their first three principal components, common to all frames, each scaled into [0, 1].
+
+    The scale runs from the 1st to the 99th percentile; fewer than three channels leave black.
+    """
+    pixels = frames.reshape(-1, frames.shape[-1])
+    centred = pixels - pixels.mean(0)
+    _, axes = np.linalg.eigh(centred.T @ centred)
+    components = centred @ axes[:, ::-1][:, :3]
+    low, high = np.percentile(components, [1, 99], axis=0)
+    colours = np.zeros((len(pixels), 3), np.float32)
+    colours[:, : components.shape[1]] = np.clip((components - low) / np.maximum(high - low, 1e-6), 0, 1)
+    return colours.reshape(*frames.shape[:-1], 3)
+
+
+def contact_sheet(source: ShardSource, rows: int) -> Figure:
+    """Draws `rows` examples, evenly spread over the dataset.
+
+    Raises:
+      ValueError: one of them can't be read.
+    """
+    indices = np.unique(np.linspace(0, len(source) - 1, rows).round().astype(int))
+    columns = 1 + source.spec.most_references
+    _, H, W, _ = source.spec.video_latents
+    figure = Figure(figsize=(2.6 * columns, (2.6 * H / W + 0.55) * len(indices)), dpi=120, layout="constrained")
+    grid = figure.subplots(len(indices), columns, squeeze=False)
+    for axes, index in zip(grid, indices.tolist(), strict=True):
+        arrays, about = source[index]
+        middle = len(arrays["video_latents"]) // 2
+        frames = np.empty((1 + len(arrays["subject_ids"]), *arrays["video_latents"].shape[1:]), np.float32)
+        frames[0] = arrays["video_latents"][middle]
+        fill(frames[1:], arrays, "reference_latents")
+        titles = [f"{about['id']}\n{textwrap.shorten(about['prompt'], 40, placeholder=' …')}"]
+        titles += [f"reference {i}\nsubject {subject}" for i, subject in enumerate(arrays["subject_ids"])]
+        for place in axes:
+            place.axis("off")
+        for place, image, title in zip(axes, principal_colours(frames), titles, strict=False):
+            place.imshow(image, interpolation="nearest")
+            place.set_title(title, fontsize=7)
+    return figure
+
+
+def inspect_dataset(
+    dataset: Annotated[str, tyro.conf.Positional], /, *, verify: bool = False, out: Path | None = None, rows: int = 6
+) -> None:
+    """Says what a prepared dataset holds.
+
+    Args:
+      dataset: its folder, local or gs://.
+      verify: read every shard and compare it with the manifest's SHA-256.
+      out: write a contact sheet PNG here.
+      rows: examples on the contact sheet.
+    """
+    manifest = read_manifest(dataset)
+    print(describe(manifest))
+    if verify:
+        problems = check_shards(dataset)
+        if problems:
+            raise ValueError(f"{len(problems)} of {len(manifest.shards)} shards are not as written: {problems[0]}")
+        print(f"verified    {len(manifest.shards)} shards are as written")
+    if out is not None:
+        if out.suffix != ".png" or not out.parent.is_dir() or rows < 1:
+            raise ValueError(f"--out {out} with --rows {rows}: name a .png in a folder that exists, and 1 row or more.")
+        contact_sheet(ShardSource(dataset), rows).savefig(out)
+        print(f"wrote       {out}")

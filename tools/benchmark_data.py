@@ -1,0 +1,114 @@
+"""Measures the data path: examples read, parsed and batched, against grain's ArrayRecordDataSource alone.
+
+    python tools/benchmark_data.py --examples 32
+
+Writes synthetic examples of METHOD.md's training shape (21x60x104x16 video latents, three references, 512 text tokens,
+VFM width 1,024) into a temporary folder, reads them once so that the page cache is warm, and prints both rates in
+examples a second, round by round in turn, and the ratio of their medians. One process; the source alone is read in one
+thread and in as many as the loader has.
+"""
+
+import concurrent.futures
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+from grain.sources import ArrayRecordDataSource
+
+from refalign_jax.command import run
+from refalign_jax.data.example import FIELDS, Example, Storage
+from refalign_jax.data.loader import DataConfig, make_loader
+from refalign_jax.data.shards import ShardSource, ShardWriter, Spec
+from refalign_jax.data.synthetic import SyntheticSource
+
+
+def write(folder: str, spec: Spec, storage: Storage) -> None:
+    """Writes `spec.num_examples` synthetic examples, eight a shard."""
+    source = SyntheticSource(spec)
+    with ShardWriter(folder, storage=storage, made={"synthetic": True}, examples_per_shard=8) as writer:
+        for index in range(spec.num_examples):
+            arrays, about = source[index]
+            fields = {name: arrays[name].astype(np.float32) for name in FIELDS}
+            writer.add(Example(id=about["id"], prompt="", metadata={}, subject_ids=arrays["subject_ids"], **fields))
+
+
+def rate(read: Callable[[], None], examples: int) -> float:
+    """Examples a second of one call that reads `examples`."""
+    start = time.perf_counter()
+    read()
+    return examples / (time.perf_counter() - start)
+
+
+def main(
+    examples: int = 32,
+    rounds: int = 5,
+    batch_size: int = 2,
+    num_threads: int = 2,
+    vfm_features: Literal["float32", "bfloat16", "int8"] = "bfloat16",
+    dtype: Literal["float32", "stored"] = "stored",
+    folder: str = "",
+) -> None:
+    """Runs the measurement.
+
+    Args:
+      examples: how many are written and read a round.
+      rounds: of each of the three, in turn.
+      batch_size: rows a batch.
+      num_threads: of the loader.
+      vfm_features: storage of the VFM targets.
+      dtype: of the batches.
+      folder: parent of the temporary folder; the system's by default.
+    """
+    spec = Spec(
+        num_examples=examples,
+        video_latents=(21, 60, 104, 16),
+        text_width=4096,
+        vfm_width=1024,
+        longest_text=512,
+        most_references=3,
+    )
+    with tempfile.TemporaryDirectory(dir=folder or None) as temporary:
+        write(temporary, spec, Storage(vfm_features=vfm_features))
+        source = ShardSource(temporary)
+        megabytes = sum(shard.bytes for shard in source.manifest.shards) / examples / 1e6
+        alone = ArrayRecordDataSource([os.path.join(temporary, s.name) for s in source.manifest.shards])
+        config = DataConfig(path=temporary, batch_size=batch_size, num_threads=num_threads, dtype=dtype)
+        order = np.random.default_rng(0).permutation(examples).tolist()
+
+        def one_thread() -> None:
+            for index in order:
+                alone[index]
+
+        def same_threads() -> None:
+            with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
+                for _ in pool.map(alone.__getitem__, order):
+                    pass
+
+        def whole() -> None:
+            loader = make_loader(config, source)
+            for _ in range(examples // batch_size):
+                next(loader)
+            loader.close()
+
+        rates: dict[str, list[float]] = {"source, 1 thread": [], f"source, {num_threads} threads": [], "loader": []}
+        for turn in range(rounds + 1):
+            for name, read in zip(rates, (one_thread, same_threads, whole), strict=True):
+                measured = rate(read, examples)
+                time.sleep(0.5)  # what the loader read ahead must not slow the next
+                if turn:  # the first turn warms the page cache
+                    rates[name].append(measured)
+    print(f"{megabytes:.1f} MB an example; {examples} examples, {rounds} rounds; examples a second:")
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    for name, values in rates.items():
+        print(f"  {name:20s} median {median[name]:6.1f}   " + " ".join(f"{value:.1f}" for value in values))
+    first, second, _ = median
+    print(f"loader / source: {median['loader'] / median[first]:.2f} of 1 thread, ", end="")
+    print(f"{median['loader'] / median[second]:.2f} of {num_threads} threads")
+
+
+if __name__ == "__main__":
+    run(main)
