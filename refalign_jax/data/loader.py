@@ -36,6 +36,9 @@ padded · text [B,S,text_width] · vfm_features [B,R,P,E] · ids [B] str · inde
 dataset. Padding is a suffix of zeros.
 """
 
+_ENDLESS = 2**52
+"""Positions until the end; Grain divides lengths as floats, so `sys.maxsize` would not do."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -115,7 +118,7 @@ class BatchIterator:
     def _start(self) -> grain.DatasetIterator:
         """Builds Grain's pipeline from the present position on."""
         config = self._config
-        batches = self._dataset[self._consumed :].batch(
+        batches = self._dataset[self._consumed : _ENDLESS].batch(
             config.batch_size // self._processes, batch_fn=_Collate(config)
         )[self._rank :: self._processes]
         options = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)

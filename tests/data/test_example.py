@@ -1,0 +1,161 @@
+"""Round trips of prepared examples, int8 targets, and what is refused."""
+
+import dataclasses
+import json
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load, save
+
+from refalign_jax.data.example import FIELDS, Example, Storage, cosines, decode, encode, fill, parse, quantize
+
+FLOAT32 = Storage(video_latents="float32", reference_latents="float32", text="float32", vfm_features="float32")
+
+
+def make(seed=0, references=2, text=5, metadata=None, **changes):
+    rng = np.random.default_rng(seed)
+    fields = {
+        "video_latents": (2, 4, 6, 3),
+        "reference_latents": (references, 4, 6, 3),
+        "text": (text, 8),
+        "vfm_features": (references, 6, 7),
+    }
+    arrays = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in fields.items()}
+    arrays["subject_ids"] = np.arange(references, dtype=np.int32)[::-1].copy()
+    return Example(id=f"e{seed}", prompt="ein Hund läuft", metadata=metadata or {}, **(arrays | changes))
+
+
+def assert_same(a, b, **tolerance):
+    for field in dataclasses.fields(Example):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        if isinstance(x, np.ndarray):
+            assert x.shape == y.shape
+            np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), **tolerance)
+        else:
+            assert x == y
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    references=st.integers(0, 4),
+    text=st.integers(1, 512),
+    metadata=st.dictionaries(st.text(), st.integers(-(2**53), 2**53) | st.text() | st.none()),
+)
+def test_float32_round_trip_is_exact(seed, references, text, metadata):
+    example = make(seed, references, text, metadata)
+    assert_same(decode(encode(example, FLOAT32)), example, rtol=0, atol=0)
+
+
+def test_bfloat16_round_trip_is_one_rounding():
+    example = make()
+    back = decode(encode(example, Storage()))
+    for name in FIELDS:
+        rounded = getattr(example, name).astype(ml_dtypes.bfloat16).astype(np.float32)
+        np.testing.assert_array_equal(getattr(back, name), rounded)
+    np.testing.assert_array_equal(back.subject_ids, example.subject_ids)
+
+
+def test_blob_is_plain_safetensors():
+    example = make()
+    arrays = load(encode(example, FLOAT32))
+    np.testing.assert_array_equal(arrays["vfm_features"], example.vfm_features)
+    assert set(arrays) == {*FIELDS, "subject_ids"}
+
+
+def test_same_example_gives_same_bytes():
+    assert encode(make(metadata={"b": 1, "a": 2}), Storage()) == encode(make(metadata={"b": 1, "a": 2}), Storage())
+
+
+def test_parse_does_not_copy():
+    blob = encode(make(), Storage())
+    arrays, _ = parse(blob)
+    whole = np.frombuffer(blob, np.uint8)
+    assert all(np.shares_memory(whole, array) for array in arrays.values() if array.size)
+
+
+def test_int8_targets_keep_direction_and_length():
+    features = np.random.default_rng(0).standard_normal((3, 200, 1024), dtype=np.float32)
+    features[0, 0] = 0
+    example = make(3, references=3)
+    example = dataclasses.replace(
+        example,
+        video_latents=np.ones((1, 20, 40, 3), np.float32),
+        reference_latents=np.ones((3, 20, 40, 3), np.float32),
+        vfm_features=features,
+    )
+    blob = encode(example, Storage(vfm_features="int8"))
+    assert parse(blob)[0]["vfm_features"].dtype == np.int8
+    back = decode(blob).vfm_features
+    similarity = cosines(back, features)
+    assert similarity.mean() >= 0.9999
+    assert similarity.min() >= 0.999
+    np.testing.assert_array_equal(back[0, 0], 0)
+    step = np.abs(features).max(-1, keepdims=True) / 127
+    assert (np.abs(back - features) <= step * 0.5001).all()
+
+
+def test_quantize_scales_each_token_by_itself():
+    q, scales = quantize(np.array([[1000.0, -500.0], [0.002, 0.001]], np.float32))
+    np.testing.assert_array_equal(q, [[127, -64], [127, 64]])
+    np.testing.assert_allclose(scales[:, 0] * 127, [1000.0, 0.002], rtol=1e-6)
+
+
+def test_fill_takes_the_first_rows():
+    arrays, _ = parse(encode(make(references=3), Storage(vfm_features="int8")))
+    full, part = np.empty((3, 6, 7), np.float32), np.empty((2, 6, 7), np.float32)
+    fill(full, arrays, "vfm_features")
+    fill(part, arrays, "vfm_features")
+    np.testing.assert_array_equal(part, full[:2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id": ""}, "empty id"),
+        ({"video_latents": np.zeros((4, 6, 3))}, "video_latents has shape"),
+        ({"video_latents": np.zeros((2, 3, 6, 3))}, "must be even"),
+        ({"reference_latents": np.zeros((2, 4, 8, 3))}, "reference_latents has shape"),
+        ({"subject_ids": np.arange(2)}, "subject_ids is int64"),
+        ({"subject_ids": np.array([0, -1], np.int32)}, "0 or more"),
+        ({"subject_ids": np.arange(3, dtype=np.int32)}, "with 3 subject ids"),
+        ({"vfm_features": np.zeros((2, 5, 7))}, "P=6"),
+        ({"text": np.zeros((513, 8))}, "1 to 512"),
+        ({"text": np.zeros((0, 8))}, "1 to 512"),
+    ],
+)
+def test_bad_shapes_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(make(), **changes)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_not_finite_are_refused(value):
+    example = make()
+    example.text[1, 2] = value
+    with pytest.raises(ValueError, match="Example e0: text holds NaN"):
+        encode(example, Storage())
+
+
+def test_metadata_that_is_not_json_is_refused():
+    with pytest.raises(ValueError, match="not JSON"):
+        encode(make(metadata={"a": np.zeros(2)}), Storage())
+
+
+def test_unknown_storage_is_refused():
+    with pytest.raises(ValueError, match="text is 'int8'; it must be one of float32, bfloat16"):
+        Storage(text="int8")
+
+
+def test_blobs_that_are_no_example_are_refused():
+    blob = encode(make(), Storage())
+    arrays, about = parse(blob)
+    del arrays["text"]
+    other = save(dict(arrays), {"example": json.dumps(about)})
+    for bad in (b"", b"\x00" * 7, blob[:100], blob[:-1], b"\xff" * 64, save({"a": np.zeros(2)}), other):
+        with pytest.raises(ValueError, match="not a prepared example"):
+            parse(bad)

@@ -1,0 +1,240 @@
+"""Shards are whole or absent, a writer goes on where one stopped, and damage is named."""
+
+import dataclasses
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_example import FLOAT32, assert_same, make
+
+from refalign_jax.data.example import Storage, decode, encode
+from refalign_jax.data.shards import (
+    MANIFEST,
+    CorruptRecordError,
+    ShardSource,
+    ShardWriter,
+    read_manifest,
+    verify,
+)
+
+MADE = {"encoders": {"video": "dct"}, "command": "test"}
+
+
+def write(folder, count=10, size=4, storage=FLOAT32, made=MADE):
+    with ShardWriter(folder, storage=storage, made=made, examples_per_shard=size) as writer:
+        for i in range(count):
+            writer.add(make(i, references=i % 4, text=3 + i))
+    return folder
+
+
+def write_twice(folder):
+    """Fails at the eighth example, in the second shard."""
+    with ShardWriter(folder, storage=FLOAT32, made=MADE, examples_per_shard=4) as writer:
+        for i in (*range(7), 0):
+            writer.add(make(i))
+
+
+def shards(folder):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def flip(path, marker):
+    """Flips one bit a few bytes after `marker`, which is somewhere in the file."""
+    data = bytearray(path.read_bytes())
+    data[data.index(marker) + 100] ^= 4
+    path.write_bytes(data)
+
+
+def test_everything_comes_back_in_order(tmp_path):
+    source = ShardSource(write(tmp_path / "d"))
+    assert len(source) == 10
+    for i in range(10):
+        arrays, about = source[i]
+        assert about["id"] == f"e{i}"
+        assert_same(decode(source._records[i]), make(i, references=i % 4, text=3 + i), rtol=0, atol=0)
+        assert len(arrays["subject_ids"]) == i % 4
+    assert source.where(9) == ("examples-00002.array_record", 1)
+
+
+def test_manifest_says_what_is_there(tmp_path):
+    folder = write(tmp_path / "d", storage=Storage(vfm_features="int8"))
+    manifest = read_manifest(folder)
+    assert manifest.complete
+    assert [len(shard.ids) for shard in manifest.shards] == [4, 4, 2]
+    assert manifest.spec.video_latents == (2, 4, 6, 3)
+    assert (manifest.spec.text_width, manifest.spec.vfm_width, manifest.spec.vfm_tokens) == (8, 7, 6)
+    assert (manifest.spec.longest_text, manifest.spec.most_references) == (12, 3)
+    assert manifest.storage == Storage(vfm_features="int8")
+    assert 0.999 < manifest.vfm_cosine < 1
+    assert manifest.made == MADE
+    raw = json.loads((folder / MANIFEST).read_text())
+    assert raw["num_examples"] == 10
+    assert raw["fields"]["reference_latents"] == {"shape": ["R", 4, 6, 3], "dtype": "bfloat16"}
+    assert verify(folder) == []
+
+
+def test_a_writer_that_fails_keeps_whole_shards_and_the_next_goes_on(tmp_path):
+    folder = tmp_path / "d"
+    with pytest.raises(ValueError, match="already"):
+        write_twice(folder)
+    assert shards(folder) == ["examples-00000.array_record", MANIFEST]
+    with pytest.raises(ValueError, match="unfinished with 4 examples in 1 shards"):
+        ShardSource(folder)
+
+    (folder / "examples-00001.array_record.partial").write_bytes(b"left by kill -9")
+    (folder / "examples-00001.array_record").write_bytes(b"renamed, but killed before the manifest")
+    writer = ShardWriter(folder, storage=FLOAT32, made={**MADE, "command": "again"}, examples_per_shard=4)
+    assert writer.done == {"e0", "e1", "e2", "e3"}
+    with writer:
+        for i in range(10):
+            if f"e{i}" not in writer.done:
+                writer.add(make(i))
+    assert shards(folder) == [*(f"examples-0000{n}.array_record" for n in range(3)), MANIFEST]
+    source = ShardSource(folder)
+    assert [source[i][1]["id"] for i in range(len(source))] == [f"e{i}" for i in range(10)]
+    assert source.manifest.made["command"] == "again"
+    assert verify(folder) == []
+
+
+def test_killed_writer_leaves_whole_shards(tmp_path):
+    code = f"""
+import os, signal, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_shards import *
+writer = ShardWriter({str(tmp_path / "d")!r}, storage=FLOAT32, made=MADE, examples_per_shard=2)
+for i in range(5):
+    writer.add(make(i))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert [len(shard.ids) for shard in read_manifest(tmp_path / "d").shards] == [2, 2]
+    assert verify(tmp_path / "d") == []
+    with ShardWriter(tmp_path / "d", storage=FLOAT32, made=MADE, examples_per_shard=2) as writer:
+        assert writer.done == {"e0", "e1", "e2", "e3"}
+        writer.add(make(4))
+    assert len(ShardSource(tmp_path / "d")) == 5
+
+
+def test_more_examples_can_be_added_to_a_finished_dataset(tmp_path):
+    folder = write(tmp_path / "d", 4)
+    with ShardWriter(folder, storage=FLOAT32, made=MADE, examples_per_shard=4) as writer:
+        writer.add(make(77))
+    assert len(ShardSource(folder)) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"storage": Storage()}, "stored as"),
+        ({"made": {"encoders": {"video": "wan"}}}, "made with the encoders"),
+        ({"examples_per_shard": 0}, "at least 1"),
+    ],
+)
+def test_going_on_with_other_settings_is_refused(tmp_path, change, message):
+    folder = write(tmp_path / "d")
+    with pytest.raises(ValueError, match=message):
+        ShardWriter(folder, **({"storage": FLOAT32, "made": MADE} | change))
+
+
+def test_examples_that_do_not_fit_are_refused_and_the_rest_is_written(tmp_path):
+    other = dataclasses.replace(make(5), text=np.zeros((3, 9), np.float32))
+    infinite = dataclasses.replace(make(6), text=np.full((3, 8), np.inf, np.float32))
+    with ShardWriter(tmp_path / "d", storage=FLOAT32, made=MADE) as writer:
+        with pytest.raises(ValueError, match="e6: text holds NaN"):
+            writer.add(infinite)
+        writer.add(make(0))
+        for example, message in ((make(0), "e0 is in .* already"), (other, "all examples of a dataset must agree")):
+            with pytest.raises(ValueError, match=message):
+                writer.add(example)
+        writer.add(make(1))
+    assert read_manifest(tmp_path / "d").shards[0].ids == ["e0", "e1"]
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="can't be written"):
+        ShardWriter(tmp_path / "file" / "d", storage=FLOAT32, made=MADE)
+
+
+def test_full_disk_leaves_nothing_half_written(tmp_path):
+    folder = tmp_path / "d"
+
+    def fill_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_shards import *
+big = dataclasses.replace(make(9), text=np.zeros((512, 8), np.float32), metadata={{"a": "x" * 900_000}})
+try:
+    with ShardWriter({str(folder)!r}, storage=FLOAT32, made=MADE, examples_per_shard=2) as writer:
+        for example in (make(0), make(1), make(2), big):
+            writer.add(example)
+except OSError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], preexec_fn=fill_disk, capture_output=True, text=True)
+    assert os.strerror(errno.EFBIG) in done.stdout, done
+    assert "finished shards are kept" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    assert shards(folder) == ["examples-00000.array_record", MANIFEST]
+    assert verify(folder) == []
+
+
+def test_folders_that_are_no_dataset(tmp_path):
+    with pytest.raises(ValueError, match=r"manifest.json can't be read \(No such file"):
+        ShardSource(tmp_path)
+    for text in ("", "{}", "[]", '{"format": "other"}'):
+        (tmp_path / MANIFEST).write_text(text)
+        with pytest.raises(ValueError, match="is not a manifest of prepared examples"):
+            ShardSource(tmp_path)
+    ShardWriter(tmp_path / "empty", storage=FLOAT32, made=MADE).close()
+    with pytest.raises(ValueError, match="holds no examples"):
+        ShardSource(tmp_path / "empty")
+
+
+def test_missing_and_truncated_shards_are_found_on_opening(tmp_path):
+    folder = write(tmp_path / "d")
+    shard = folder / "examples-00001.array_record"
+    data = shard.read_bytes()
+    shard.write_bytes(data[:-1000])
+    with pytest.raises(
+        ValueError, match=r"examples-00001.array_record has \d+ bytes, the manifest says \d+; it is trunc"
+    ):
+        ShardSource(folder)
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"examples-00001.array_record is missing"):
+        ShardSource(folder)
+    assert len(verify(folder)) == 1
+
+
+def test_flipped_byte_is_named_by_shard_and_record(tmp_path):
+    folder = write(tmp_path / "d")
+    flip(folder / "examples-00001.array_record", b'"id\\": \\"e6')
+    source = ShardSource(folder)
+    with pytest.raises(
+        CorruptRecordError, match=r"examples-00001.array_record, record 2 \(example 6\) can't be read: .+"
+    ):
+        source[6]
+    assert source[5][1]["id"] == "e5"
+    assert source[7][1]["id"] == "e7"
+    (problem,) = verify(folder)
+    assert "examples-00001.array_record has SHA-256" in problem
+
+
+def test_record_of_another_shape_is_corrupt(tmp_path):
+    folder = write(tmp_path / "d", 1)
+    source = ShardSource(folder)
+    other = encode(dataclasses.replace(make(0), text=np.zeros((2, 9), np.float32)), FLOAT32)
+    source._records = [other]
+    with pytest.raises(CorruptRecordError, match="not the manifest's"):
+        source[0]
