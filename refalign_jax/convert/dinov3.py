@@ -9,8 +9,8 @@ from refalign_jax.convert.table import LINEAR, SAME, Entry, convolution
 from refalign_jax.models.dinov3 import DINOv3Config
 
 Layers = Literal["layer", "model.layer"]
-"""What the names of the blocks begin with: `layer` in the files on the hub (transformers 4), `model.layer` in a
-`DINOv3ViTModel` of transformers 5; the other names agree."""
+"""What the names of the blocks begin with: `layer` in files, on the hub and as `save_pretrained` writes them,
+`model.layer` in the `state_dict` of transformers 5's `DINOv3ViTModel`; the other names agree."""
 
 
 def dinov3_table(config: DINOv3Config, layers: Layers = "model.layer") -> list[Entry]:

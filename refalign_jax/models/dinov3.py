@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refalign_jax.models.by_head import attend_by_head
 from refalign_jax.types import Array, Float, Params
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -186,16 +187,13 @@ class Block(nn.Module):
           sin: their sine.
         """
         config = self.config
-        precision = jax.lax.Precision.HIGHEST if config.compute_dtype == "float32" else None
         heads = (*x.shape[:2], config.num_heads, config.width // config.num_heads)
 
         h = self._norm("attention_norm")(x)
         q = rotate(self._dense(config.width, config.query_bias, "query")(h).reshape(heads), cos, sin)
         k = rotate(self._dense(config.width, config.key_bias, "key")(h).reshape(heads), cos, sin)
         v = self._dense(config.width, config.value_bias, "value")(h).reshape(heads)
-        scores = jnp.einsum("bink,bjnk->bnij", q, k, precision=precision, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores / math.sqrt(heads[-1]), axis=-1).astype(config.compute_dtype)
-        h = jnp.einsum("bnij,bjnk->bink", weights, v, precision=precision)
+        h = attend_by_head(q, k, v, scale=1 / math.sqrt(heads[-1]))
         h = self._dense(config.width, config.proj_bias, "out")(h.reshape(x.shape))
         x = x + self._layerscale("attention_scale") * h
 

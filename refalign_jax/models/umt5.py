@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refalign_jax.models.by_head import attend_by_head
 from refalign_jax.types import Array, Float, Int, Params
 
 MAX_TOKENS = 512
@@ -136,7 +137,6 @@ class Block(nn.Module):
           buckets: distance bucket of every query and key.
         """
         config = self.config
-        precision = jax.lax.Precision.HIGHEST if config.compute_dtype == "float32" else None
         batch, tokens, _ = x.shape
         heads = (batch, tokens, config.num_heads, config.attention_width // config.num_heads)
 
@@ -146,10 +146,7 @@ class Block(nn.Module):
         v = self._dense(config.attention_width, "value")(h).reshape(heads)
         table = self.param("position_bias", nn.initializers.normal(0.02), (config.num_buckets, config.num_heads))
         bias = jnp.take(table.T.astype(jnp.float32), buckets, axis=1)
-        scores = jnp.einsum("bink,bjnk->bnij", q, k, precision=precision, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, None, None, :] > 0, scores + bias, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(scores, axis=-1).astype(config.compute_dtype)
-        h = jnp.einsum("bnij,bjnk->bink", weights, v, precision=precision)
+        h = attend_by_head(q, k, v, scale=1.0, bias=bias, mask=mask)
         x = x + self._dense(config.width, "out")(h.reshape(batch, tokens, config.attention_width))
 
         h = RMSNorm(config.eps, name="ffn_norm")(x)
@@ -269,8 +266,13 @@ def tokenize(
 
 
 def encode_prompts(
-    params: Params, prompts: Sequence[str], tokenizer: Any, config: UMT5Config, max_tokens: int = MAX_TOKENS
-) -> tuple[Float[Array, "B S D"], Int[Array, " B"]]:
+    params: Params,
+    prompts: Sequence[str],
+    tokenizer: Any,
+    config: UMT5Config,
+    max_tokens: int = MAX_TOKENS,
+    sharding: jax.sharding.Sharding | None = None,
+) -> tuple[Float[Array, "B S D"], Int[np.ndarray, " B"]]:
     """Embeds prompts as the DiT takes them.
 
     Args:
@@ -279,6 +281,7 @@ def encode_prompts(
       tokenizer: as `load_tokenizer` returns it.
       config: sizes.
       max_tokens: S, to which every prompt is cut and padded.
+      sharding: how the prompts lie on the devices, such as one part of the batch each; None, on the default device.
 
     Returns:
       (embeddings, lengths): float32, rows of padding 0; the number of tokens of each prompt, end token included.
@@ -291,4 +294,5 @@ def encode_prompts(
         raise ValueError(
             f"The tokenizer gives id {ids.max()}, the encoder knows {config.vocab_size}: they are not of one model."
         )
-    return encode(params, jnp.asarray(ids), jnp.asarray(mask), config), jnp.asarray(mask.sum(axis=1))
+    on_devices = (jax.device_put(array, sharding) for array in (ids, mask))
+    return encode(params, *on_devices, config), mask.sum(axis=1)
