@@ -73,8 +73,15 @@ class Entry:
 class Tensors(Protocol):
     """Named tensors read one at a time, as `files.open_weights` gives them."""
 
-    source: str
-    shapes: Mapping[str, tuple[int, ...]]
+    @property
+    def source(self) -> str:
+        """The file's name, for errors."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        ...
 
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor, as stored."""
@@ -111,7 +118,7 @@ def published_shapes(table: Sequence[Entry], params: Mapping[str, Any]) -> dict[
     leaves = flatten(params)
     paths = [entry.path for entry in table]
     assert sorted(paths) == sorted(leaves), f"table and parameters differ: {sorted(set(paths) ^ set(leaves))}"
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for entry in table:
         shape = tuple(leaves[entry.path].shape)
         if entry.stack:

@@ -210,7 +210,8 @@ class DiT(nn.Module):
                 for part in (slice(None, num_feature_blocks), slice(num_feature_blocks, None))
             )
             streams, features = _scan(block, streams, first, self.config.remat, lambda s: s[1])
-            streams, _ = _scan(block, streams, rest, self.config.remat, lambda s: None)
+            if num_feature_blocks < self.config.num_layers:
+                streams, _ = _scan(block, streams, rest, self.config.remat, lambda s: None)
             features = features.reshape(*features.shape[:2], reference_latents.shape[1], -1, self.config.width)
         else:
             streams, _ = _scan(block, streams, params, self.config.remat, lambda s: None)

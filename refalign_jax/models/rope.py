@@ -14,7 +14,7 @@ import numpy as np
 from refalign_jax.config import DiTConfig
 from refalign_jax.types import Array, Float, Int
 
-Rotation = tuple[Float[Array, "#B T 1 K"], Float[Array, "#B T 1 K"]]
+Rotation = tuple[Float[Array, "#B _ 1 K"], Float[Array, "#B _ 1 K"]]
 """Cosine and sine of each channel's angle; both channels of a pair hold the same."""
 
 

@@ -236,7 +236,7 @@ class DiTCheck:
             raise ValueError(f"{path.name}: a file of gradients is named grads_step<index>.safetensors.")
         _, gradient = self._value_and_gradient(self.params, int(match[1]))
         weights = open_weights(path)
-        for name, ours in to_published(self.table, gradient):
+        for name, ours in to_published(self.table, jax.device_get(gradient)):
             if name not in weights.shapes:
                 self.report.remarks.append(f"{path.name} lacks {name}.")
                 continue
@@ -248,19 +248,18 @@ class DiTCheck:
         if match is None:
             raise ValueError(f"{path.name}: such a file is named weights_after_<steps>_adamw.safetensors.")
         index = int(self.json.get("adamw_id", 300))
-        optimizer = optax.adamw(**ADAMW)
         params: Params = jax.tree.map(jnp.asarray, self.params)
-        state, losses = optimizer.init(params), []
+        state, losses = optax.adamw(**ADAMW).init(params), []
         for _ in range(int(match[1])):
             loss, gradient = self._value_and_gradient(params, index)
             losses.append(loss)
-            params, state = _update(params, state, gradient, optimizer)
+            params, state = _update(params, state, gradient)
         if "adamw_losses" in self.values:
             labels = [f"step {i}" for i in range(len(losses))]
             self.report.compare_each("adamw_losses", losses, self.values["adamw_losses"], labels)
         weights = open_weights(path)
         before = dict(to_published(self.table, self.params))
-        for name, ours in to_published(self.table, params):
+        for name, ours in to_published(self.table, jax.device_get(params)):
             if name not in weights.shapes:
                 self.report.remarks.append(f"{path.name} lacks {name}.")
                 continue
@@ -298,7 +297,9 @@ def _loss_gradient(params: Params, *inputs: Any, config: ModelConfig) -> Any:
     return jax.value_and_grad(loss)(params)
 
 
-def _update(params: Params, state: Any, gradient: Params, optimizer: optax.GradientTransformation) -> Any:
+@jax.jit
+def _update(params: Params, state: Any, gradient: Params) -> Any:
+    optimizer = optax.adamw(**ADAMW)
     updates, state = optimizer.update(gradient, state, params)
     return optax.apply_updates(params, updates), state
 

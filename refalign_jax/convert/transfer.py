@@ -1,0 +1,58 @@
+"""Whole transfers: a published weight file into a checkpoint, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from refalign_jax.checkpoint import load_params, save_params
+from refalign_jax.convert.dit import Names, model_table
+from refalign_jax.convert.files import open_weights, write_weights
+from refalign_jax.convert.infer import infer_config, infer_names
+from refalign_jax.convert.table import count, flatten, published_shapes, to_ours, to_published, unflatten
+from refalign_jax.params import model_shapes
+
+
+def import_weights(weights: Path, checkpoint: Path, num_heads: int | None = None) -> str:
+    """Reads published weights of a Wan transformer into a checkpoint of parameters; returns what was done.
+
+    The model's size is read off the shapes. Held in memory: the parameters and one tensor.
+
+    Raises:
+      ValueError: the file is not whole, or not the weights of a Wan transformer, or `checkpoint` exists.
+    """
+    opened = open_weights(weights)
+    config, has_projectors = infer_config(opened.shapes, opened.source, num_heads)
+    shapes = model_shapes(config)
+    if not has_projectors:
+        del shapes["projectors"]
+    table = model_table(config.dit, config.alignment if has_projectors else None, infer_names(opened.shapes))
+    leaves = flatten(to_ours(table, shapes, opened))
+    host = jax.local_devices(backend="cpu")[0]
+    for path in list(leaves):  # one by one: Orbax copies numpy arrays whole before it writes, but not jax arrays
+        leaves[path] = jax.device_put(leaves.pop(path), host)
+    save_params(checkpoint, unflatten(leaves), config)
+    return f"{count(leaves):,} parameters of {opened.source} are in {checkpoint}."
+
+
+def export_weights(
+    checkpoint: Path, weights: Path, projectors: bool = False, names: Names = "wan", max_shard_bytes: int = 10 * 10**9
+) -> str:
+    """Writes a checkpoint's transformer under published names; returns what was done.
+
+    Raises:
+      ValueError: no checkpoint there, no projectors in it though asked for, or the file exists.
+    """
+    params, config = load_params(checkpoint)
+    if projectors and "projectors" not in params:
+        raise ValueError(f"{checkpoint} holds no projectors, only a transformer; leave out --projectors.")
+    if not projectors:
+        params.pop("projectors", None)
+    table = model_table(config.dit, config.alignment if projectors else None, names)
+    shapes = published_shapes(table, params)
+    leaves = flatten(params)
+    dtypes = {name: leaves[entry.path].dtype for entry in table for name in entry.names}
+    ordered = {name: shapes[name] for entry in table for name in entry.names}
+    written = write_weights(weights, to_published(table, params), ordered, dtypes, max_shard_bytes)
+    return f"{count(params):,} parameters of {checkpoint} are in {', '.join(path.name for path in written)}."

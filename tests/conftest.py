@@ -1,0 +1,33 @@
+"""Shape annotations are checked at run time in every test; JAX stays on the CPU."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import pytest
+from jaxtyping import install_import_hook
+
+hook = install_import_hook(
+    [
+        "refalign_jax.alignment",
+        "refalign_jax.flow",
+        "refalign_jax.objective",
+        "refalign_jax.sampling",
+        "refalign_jax.models.attention",
+        "refalign_jax.models.dit",
+        "refalign_jax.models.layers",
+        "refalign_jax.models.rope",
+    ],
+    "beartype.beartype",
+)
+hook.__enter__()
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of the golden values."""
+    return GOLDEN

@@ -1,0 +1,197 @@
+"""The transformer: batches, padding, permutations, precision, remat, sizes."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig, wan_1_3b, wan_14b
+from refalign_jax.convert.dit import model_table
+from refalign_jax.convert.table import count, published_shapes
+from refalign_jax.models.dit import DiT, patchify, unpatchify
+from refalign_jax.objective import objective, sample_terms
+from refalign_jax.params import model_shapes
+
+TIMES = jnp.array([300, 40, 800])
+
+
+@functools.partial(jax.jit, static_argnames=("config", "features"))
+def forward(params, latents, t, text, references=None, counts=None, positions=None, *, config=tiny.DIT, features=0):
+    return DiT(config).apply({"params": params["dit"]}, latents, t, text, references, counts, positions, features)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def terms_and_gradient(params, batch, noise, index, config=tiny.MODEL):
+    (_, terms), gradient = jax.value_and_grad(objective, has_aux=True)(
+        params, batch, noise, index, jnp.int32(0), config
+    )
+    return terms, gradient
+
+
+def take(batch, i, count):
+    """Sample i alone, without padding."""
+    one = jax.tree.map(lambda x: x[i : i + 1], batch)
+    return one._replace(
+        reference_latents=one.reference_latents[:, :count],
+        subject_ids=one.subject_ids[:, :count],
+        vfm_features=one.vfm_features[:, :count],
+    )
+
+
+def test_a_mixed_batch_equals_its_samples_one_by_one():
+    params, batch = tiny.params(), tiny.batch([1, 2, 3])
+    noise = jax.random.normal(jax.random.key(7), batch.video_latents.shape)
+    velocity = jax.jit(lambda *x: sample_terms(*x, jnp.int32(0), tiny.MODEL)[1].velocity)
+    together = velocity(params, batch, noise, TIMES)
+    terms, gradient = terms_and_gradient(params, batch, noise, TIMES)
+    summed = None
+    for i in range(3):
+        alone, index = take(batch, i, i + 1), TIMES[i : i + 1]
+        assert tiny.relative(velocity(params, alone, noise[i : i + 1], index), together[i : i + 1]) <= 1e-6
+        single, g = terms_and_gradient(params, alone, noise[i : i + 1], index)
+        for name in ("flow", "pull", "push", "loss"):
+            ours, theirs = float(getattr(terms, name)[i]), float(getattr(single, name)[0])
+            assert abs(ours - theirs) <= 1e-6 * max(abs(theirs), 1e-3), name
+        summed = g if summed is None else jax.tree.map(jnp.add, summed, g)
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(summed), strict=True):
+        assert tiny.relative(a, b / 3) <= 1e-5
+
+
+def test_the_content_of_padding_changes_nothing_to_the_bit():
+    params, batch = tiny.params(), tiny.batch([1, 2, 2])
+    noise = jax.random.normal(jax.random.key(7), batch.video_latents.shape)
+    padding = (jnp.arange(3) >= batch.num_references[:, None])[..., None, None]
+    other = batch._replace(
+        reference_latents=jnp.where(padding[..., None], 1e30, batch.reference_latents),
+        vfm_features=jnp.where(padding, -1e30, batch.vfm_features),
+        subject_ids=jnp.where(padding[..., 0, 0], 0, batch.subject_ids),
+    )
+    for a, b in zip(
+        jax.tree.leaves(terms_and_gradient(params, batch, noise, TIMES)),
+        jax.tree.leaves(terms_and_gradient(params, other, noise, TIMES)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_padding_in_attention_is_masked_not_only_zeroed():
+    params, batch = tiny.params(), tiny.batch([3])
+    t = jnp.array([500.0])
+    inputs = (params, batch.video_latents, t, batch.text)
+    alone, _ = forward(*inputs, batch.reference_latents[:, :1])
+    padded, _ = forward(*inputs, batch.reference_latents, jnp.array([1]))
+    unmasked, _ = forward(*inputs, batch.reference_latents.at[:, 1:].set(0))
+    assert tiny.relative(padded, alone) <= 1e-6
+    assert tiny.relative(unmasked, alone) > 1e-3
+
+
+def test_permuting_references_with_their_positions_permutes_features_alone():
+    params, batch = tiny.params(), tiny.batch([3])
+    order = jnp.array([2, 0, 1])
+    positions = (tiny.GRID[0] + jnp.arange(3))[None]
+    inputs = (params, batch.video_latents, jnp.array([500.0]), batch.text)
+    velocity, features = forward(*inputs, batch.reference_latents, None, positions, features=2)
+    default, _ = forward(*inputs, batch.reference_latents)
+    permuted, other = forward(*inputs, batch.reference_latents[:, order], None, positions[:, order], features=2)
+    moved, _ = forward(*inputs, batch.reference_latents[:, order])
+    np.testing.assert_array_equal(velocity, default)
+    assert tiny.relative(permuted, velocity) <= 1e-6
+    assert tiny.relative(other, features[:, :, order]) <= 1e-6
+    assert tiny.relative(moved, velocity) > 1e-4, "without their positions the order matters"
+
+
+def test_bfloat16_is_close_to_float32():
+    config = dataclasses.replace(tiny.DIT, width=96, num_layers=12, num_heads=2, ffn_width=192)
+    params = tiny.params(ModelConfig(dit=config, alignment=tiny.MODEL.alignment))
+    batch = tiny.batch([3])
+    inputs = (params, batch.video_latents, jnp.array([500.0]), batch.text, batch.reference_latents)
+    exact, _ = forward(*inputs, config=config)
+    rounded, _ = forward(*inputs, config=dataclasses.replace(config, compute_dtype="bfloat16"))
+    assert rounded.dtype == jnp.float32
+    assert 1e-4 < tiny.relative(rounded, exact) <= 1e-2
+
+
+@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
+def test_remat_changes_no_gradient(remat):
+    batch = tiny.batch([2])
+    noise = jax.random.normal(jax.random.key(7), batch.video_latents.shape)
+    config = dataclasses.replace(tiny.MODEL, dit=dataclasses.replace(tiny.DIT, remat=remat))
+    plain = terms_and_gradient(tiny.params(), batch, noise, TIMES[:1])
+    other = terms_and_gradient(tiny.params(), batch, noise, TIMES[:1], config)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_features_and_hidden_states_are_the_same_tokens():
+    params, batch = tiny.params(), tiny.batch([3])
+    inputs = (batch.video_latents, jnp.array([500.0]), batch.text, batch.reference_latents)
+    _, features = forward(params, *inputs, features=2)
+    states = DiT(tiny.DIT).apply({"params": params["dit"]}, *inputs, method="hidden_states")
+    tokens = tiny.GRID[0] * 6
+    assert states.shape == (3, 1, tokens + 18, 24)
+    np.testing.assert_allclose(states[:2, :, tokens:], features.reshape(2, 1, 18, 24), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [(1, 2, 2), (3, 4, 10), (5, 6, 2)])
+def test_any_grid_and_the_patches_round_trip(grid):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, *grid, 16)), jnp.float32)
+    tokens = patchify(x, tiny.DIT)
+    np.testing.assert_array_equal(unpatchify(tokens, tiny.DIT.token_grid(*grid), tiny.DIT), x)
+    velocity, _ = forward(tiny.params(), x, jnp.array([0.0, 1000.0]), jnp.zeros((2, 3, 16)))
+    assert velocity.shape == x.shape
+    assert jnp.isfinite(velocity).all()
+
+
+@pytest.mark.parametrize(
+    ("manifest", "dit", "aligned"),
+    [
+        ("wan2.1_t2v_1.3b", wan_1_3b(), False),
+        ("wan2.1_t2v_14b", wan_14b(), False),
+        ("refalign_1.3b", wan_1_3b(), True),
+        ("refalign_14b", wan_14b(), True),
+    ],
+)
+def test_full_size_models_have_the_published_tensors(golden, manifest, dit, aligned):
+    config = ModelConfig(dit=dit, alignment=AlignmentConfig())
+    shapes = model_shapes(config)
+    if not aligned:
+        del shapes["projectors"]
+    ours = published_shapes(model_table(dit, config.alignment if aligned else None), shapes)
+    published = json.loads((golden / "manifests" / f"{manifest}.json").read_text())
+    assert {name: list(shape) for name, shape in ours.items()} == published
+    if manifest == "refalign_14b":
+        assert count(shapes) == 14_430_049_344
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"width": 25}, "not divisible by num_heads=2"),
+        ({"width": 20}, "each must be even"),
+        ({"frequency_width": 7}, "must be even"),
+        ({"patch_size": (2, 2, 2)}, "a reference is a single frame"),
+        ({"num_layers": 0}, "must be positive"),
+        ({"remat": "some"}, "choose one of"),
+        ({"compute_dtype": "float16"}, "choose one of"),
+    ],
+)
+def test_impossible_sizes_are_refused_in_a_sentence(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        dataclasses.replace(tiny.DIT, **change)
+
+
+def test_more_aligned_blocks_than_blocks_are_refused():
+    with pytest.raises(ValueError, match="more than DiTConfig.num_layers=3"):
+        ModelConfig(dit=tiny.DIT, alignment=AlignmentConfig(num_blocks=4))
+
+
+def test_a_grid_the_patch_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="not divisible by the patch 2x2"):
+        forward(tiny.params(), jnp.zeros((1, 1, 3, 4, 16)), jnp.zeros(1), jnp.zeros((1, 1, 16)))
+    with pytest.raises(ValueError, match="max_position"):
+        DiTConfig().token_grid(1025, 2, 2)
