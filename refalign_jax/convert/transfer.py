@@ -31,7 +31,7 @@ def import_weights(weights: Path, checkpoint: Path, num_heads: int | None = None
     leaves = flatten(to_ours(table, shapes, opened))
     host = jax.local_devices(backend="cpu")[0]
     for path in list(leaves):  # one by one: Orbax copies numpy arrays whole before it writes, but not jax arrays
-        leaves[path] = jax.device_put(leaves.pop(path), host)
+        leaves[path] = jax.device_put(leaves.pop(path), host).block_until_ready()
     save_params(checkpoint, unflatten(leaves), config)
     return f"{count(leaves):,} parameters of {opened.source} are in {checkpoint}."
 

@@ -1,0 +1,75 @@
+"""Sampling: guidance, its two executions, and a program without a trace of alignment."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from refalign_jax.config import AlignmentConfig, SamplingConfig
+from refalign_jax.models.dit import DiT
+from refalign_jax.sampling import guided_velocity, sample
+
+STEPS = SamplingConfig(num_steps=3)
+
+
+def inputs(counts=None, references=True):
+    batch = tiny.batch([3])
+    negative = jnp.asarray(np.random.default_rng(5).standard_normal(batch.text.shape), jnp.float32)
+    return (
+        tiny.params()["dit"],
+        batch.video_latents,
+        batch.text,
+        negative,
+        batch.reference_latents if references else None,
+        counts,
+    )
+
+
+@pytest.mark.parametrize("references", [True, False])
+def test_one_batched_forward_equals_one_after_the_other(references):
+    args = inputs(references=references)
+    apart = sample(*args, dit=tiny.DIT, config=STEPS)
+    batched = sample(*args, dit=tiny.DIT, config=dataclasses.replace(STEPS, batched_guidance=True))
+    assert tiny.relative(batched, apart) <= 1e-5
+
+
+def test_guidance_is_its_equation():
+    params, x, text, negative, references, _ = inputs()
+    t = jnp.array([700.0])
+
+    def v(text, references):
+        return DiT(tiny.DIT).apply({"params": params}, x, t, text, references)[0]
+
+    n0, nr, cr = v(negative, 0 * references), v(negative, references), v(text, references)
+    guided = guided_velocity(params, x, t, text, negative, references, None, tiny.DIT, STEPS)
+    assert tiny.relative(guided, n0 + 5.0 * (nr - n0) + 7.5 * (cr - nr)) <= 1e-5
+    assert tiny.relative(n0, v(negative, None)) > 1e-4, "zero references are not the absence of references"
+
+
+def test_padded_references_change_no_sample():
+    args = inputs(counts=jnp.array([1]))
+    padded = sample(*args, dit=tiny.DIT, config=STEPS)
+    alone = sample(*args[:4], args[4][:, :1], None, dit=tiny.DIT, config=STEPS)
+    assert tiny.relative(padded, alone) <= 1e-5
+
+
+def program(config):
+    """The optimised HLO of sampling with the transformer of a model, source metadata stripped."""
+    params = tiny.params(config)
+    lowered = sample.lower(params["dit"], *inputs()[1:], dit=config.dit, config=STEPS)
+    text = lowered.compile().as_text()
+    return re.sub(r",? ?(metadata=\{[^}]*\}|stack_frame_id=\d+)", "", text)
+
+
+def test_the_sampling_program_has_no_trace_of_alignment():
+    aligned = tiny.MODEL
+    unaligned = dataclasses.replace(aligned, alignment=AlignmentConfig(weight=0.0, num_blocks=1, vfm_width=3))
+    text = program(aligned)
+    jax.clear_caches()
+    assert program(unaligned) == text
+    assert "fusion" in text
+    assert not re.search(r"align|project|vfm", text, re.IGNORECASE)
