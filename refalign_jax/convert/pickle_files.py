@@ -14,7 +14,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -40,8 +40,15 @@ MOST_PICKLE_BYTES = 256 * 2**20
 """A pickle of names and shapes alone is far smaller; a larger one is not read into memory."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Storage:
+# What a pickle gets hold of are tuples, because nothing in a pickle can alter a tuple: an object with a `__dict__` or a
+# `__setstate__` could be changed after it was checked.
+class _StorageType(NamedTuple):
+    """Stands for a storage type of torch."""
+
+    name: str
+
+
+class _Storage(NamedTuple):
     """A run of `length` elements in the zip's `data/<key>`."""
 
     dtype: np.dtype
@@ -49,8 +56,7 @@ class _Storage:
     length: int
 
 
-@dataclasses.dataclass(frozen=True)
-class _Tensor:
+class _Tensor(NamedTuple):
     """A strided view of a storage; offset and strides count elements."""
 
     storage: _Storage
@@ -71,7 +77,7 @@ class _RefusedError(ValueError):
 
 
 class _RebuildTensor:
-    """Stands for `torch._utils._rebuild_tensor_v2`. Without a `__dict__`, so that a pickle can't alter it."""
+    """Stands for `torch._utils._rebuild_tensor_v2`; without a `__dict__`, so that a pickle can't alter it."""
 
     __slots__ = ()
 
@@ -102,7 +108,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         if module == "torch" and name in STORAGES:
-            return STORAGES[name]
+            return _StorageType(name)
         raise _RefusedError(
             f"{self.source} names {module}.{name}, which is not part of a plain dict of tensors; it was refused and "
             "nothing was run."
@@ -110,10 +116,15 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         """Reads ("storage", type, key, device, elements)."""
-        kind, dtype, key, _, length = pid
-        if kind != "storage" or not isinstance(dtype, np.dtype) or type(key) is not str or type(length) is not int:
+        kind, storage_type, key, _, length = pid
+        if (
+            kind != "storage"
+            or type(storage_type) is not _StorageType
+            or type(key) is not str
+            or type(length) is not int
+        ):
             raise TypeError(f"{pid!r:.80} is not a storage")
-        return _Storage(dtype, key, length)
+        return _Storage(STORAGES[storage_type.name], key, length)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -74,8 +74,6 @@ def stream(
 ) -> Float[Array, "B T2 h2 w2 c2"]:
     """Runs `step` over the chunks of time of each tile and adds what comes out into the result.
 
-    The source is sliced and the result updated in place inside the scans: stacking chunks outside would copy both.
-
     Args:
       step: codes one chunk.
       source: what is coded.

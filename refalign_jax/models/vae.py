@@ -118,8 +118,8 @@ def _convolve(
 class Convolution(nn.Module):
     """A convolution over rows and columns and, causally, over frames.
 
-    Computed as the sum over the kernel's frames of 2-D convolutions with time folded into the batch: of the exact ways
-    it is the fastest on CPUs and it uses the accelerators' best-tuned convolution.
+    Computed as the sum over the kernel's frames of 2-D convolutions, time folded into the batch: faster on CPUs than one
+    3-D convolution, and the kind of convolution that is tuned best on accelerators.
 
     Attributes:
       features: output channels.

@@ -35,6 +35,13 @@ class Storage:
         self.kind, self.key, self.length = kind, key, length
 
 
+class Altered:
+    """Pickles as an object to which a state is then given."""
+
+    def __init__(self, target, state):
+        self.target, self.state = target, state
+
+
 class Pickler(pickle._Pickler):
     """The pure Python pickler, taught to write the globals and storages of torch without having it."""
 
@@ -48,6 +55,10 @@ class Pickler(pickle._Pickler):
             self.save(Name("torch._utils", "_rebuild_tensor_v2"))
             self.save(obj.arguments)
             self.write(pickle.REDUCE)
+        elif isinstance(obj, Altered):
+            self.save(obj.target)
+            self.save(obj.state)
+            self.write(pickle.BUILD)
         else:
             super().save(obj, save_persistent_id)
 
@@ -158,13 +169,20 @@ def test_refuses_code_without_running_it(tmp_path, call):
         assert mark.exists()
 
 
-def test_refuses_to_alter_the_reader_itself(tmp_path):
-    """BUILD on the stand-in for torch's function must fail: it would change how later tensors are read."""
-    stream = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}U\x04evilK\x01sb."
-    with zipfile.ZipFile(tmp_path / "bad.pth", "w") as archive:
-        archive.writestr("archive/data.pkl", stream)
+@pytest.mark.parametrize("state", [{"offset": 10**9}, (None, {"offset": 10**9})])
+@pytest.mark.parametrize("what", ["tensor", "storage", "type", "function", "dict"])
+def test_refuses_to_alter_what_was_checked(tmp_path, what, state):
+    """BUILD sets attributes: on a tensor it would move the view out of the storage that it was checked against."""
+    targets = {
+        "tensor": View(Storage("FloatStorage", "0", 4), 0, (4,), (1,)),
+        "storage": Storage("FloatStorage", "0", 4),
+        "type": Name("torch", "FloatStorage"),
+        "function": Name("torch._utils", "_rebuild_tensor_v2"),
+        "dict": Name("collections", "OrderedDict"),
+    }
+    path = write_checkpoint(tmp_path / "bad.pth", {"x": Altered(targets[what], state)}, {"0": np.zeros(4, np.float32)})
     with pytest.raises(ValueError, match="damaged torch checkpoint"):
-        open_pickle_weights(tmp_path / "bad.pth")
+        open_pickle_weights(path)
 
 
 @pytest.mark.parametrize(
