@@ -13,7 +13,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from test_example import FLOAT32, make
+from data.test_example import FLOAT32, make
 
 from refalign_jax.data.example import Storage, cosines
 from refalign_jax.data.loader import DataConfig, make_loader
@@ -295,8 +295,8 @@ def test_workers_leave_with_a_parent_that_is_killed(tmp_path, how):
     script = tmp_path / "loop.py"
     script.write_text(f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_loader import *
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from data.test_loader import *
 if __name__ == "__main__":
     loader = make_loader(DataConfig(batch_size=4, num_workers=2), SyntheticSource(SPEC))
     for batch in loader:

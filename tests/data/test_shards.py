@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_example import FLOAT32, assert_same, make
+from data.test_example import FLOAT32, assert_same, make
 
 from refalign_jax.data.example import Storage, decode, encode
 from refalign_jax.data.shards import (
@@ -106,8 +106,8 @@ def test_a_writer_that_fails_keeps_whole_shards_and_the_next_goes_on(tmp_path):
 def test_killed_writer_leaves_whole_shards(tmp_path):
     code = f"""
 import os, signal, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_shards import *
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from data.test_shards import *
 writer = ShardWriter({str(tmp_path / "d")!r}, storage=FLOAT32, made=MADE, examples_per_shard=2)
 for i in range(5):
     writer.add(make(i))
@@ -172,8 +172,8 @@ def test_full_disk_leaves_nothing_half_written(tmp_path):
 
     code = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_shards import *
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from data.test_shards import *
 big = dataclasses.replace(make(9), text=np.zeros((512, 8), np.float32), metadata={{"a": "x" * 900_000}})
 try:
     with ShardWriter({str(folder)!r}, storage=FLOAT32, made=MADE, examples_per_shard=2) as writer:
