@@ -48,7 +48,7 @@ def main(
     examples: int = 32,
     rounds: int = 5,
     batch_size: int = 4,
-    num_threads: int = 2,
+    num_threads: int = 1,
     vfm_features: Literal["float32", "bfloat16", "int8"] = "bfloat16",
     dtype: Literal["float32", "stored"] = "stored",
     folder: str = "",
