@@ -1,0 +1,165 @@
+"""What a source of data says of one clip, whatever the source, and the simplest source: a JSONL file of one's own.
+
+    {"video": "clips/cat.mp4", "prompt": "A cat walks over grass.",
+     "references": [{"image": "cat.png", "mask": "cat_mask.png", "subject": "cat"}]}
+
+one such object a line; `mask` and `subject` may be left out. Paths are relative to the folder of the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refalign_jax.data.video import Box
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Reference:
+    """Where a reference image comes from and what of it is the subject."""
+
+    path: Path
+    """An image, or a video where `frame` is given."""
+    frame: int | None = None
+    """The frame number, from 0, of a video."""
+    crop: Box | None = None
+    """The region that `box` and `mask` are given in; None for the whole image."""
+    box: Box | None = None
+    """Where in it the subject is; None for where the mask is, or everywhere."""
+    mask: Path | np.ndarray | None = None
+    """The subject's pixels: an image file, or bool [rows, columns] of the size of `crop`."""
+    subject: str | None = None
+    """Who it is; references of one name show one subject. None: a subject of its own."""
+    own_clip: bool = False
+    """Whether it was cut from the very clip that it conditions; such references are altered."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Record:
+    """One clip with its prompt and references, not read yet."""
+
+    id: str
+    """Unique in its source, and the same in every run."""
+    video: Path
+    """The video file."""
+    prompt: str
+    """What the clip shows."""
+    references: tuple[Reference, ...] = ()
+    """Best first; the first few are used."""
+    crop: Box | None = None
+    """The region of the video's frames; None for all of them."""
+    frames: tuple[int, int] | None = None
+    """First frame of the clip and the first after it; None for the whole video."""
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """JSON that the prepared example keeps."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Skipped:
+    """A clip that is left out."""
+
+    id: str
+    reason: str
+    """A few words, the same for all clips that are left out for this reason: they are counted."""
+    detail: str = ""
+    """A sentence about this one."""
+
+
+def subject_ids(references: tuple[Reference, ...]) -> np.ndarray:
+    """Numbers subjects in the order of their first references, int32 [R]; a nameless one is nobody else."""
+    numbers: dict[str | int, int] = {}
+    keys = [index if reference.subject is None else reference.subject for index, reference in enumerate(references)]
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int32)
+
+
+_FIELDS = {"video": True, "prompt": True, "references": True}
+_REFERENCE_FIELDS = {"image": True, "subject": False, "mask": False}
+"""Fields of a line and of a reference in it; whether they must be there."""
+
+
+def read_jsonl(path: str | Path) -> list[Record]:
+    """Reads a JSONL file of records, in the form that this module describes.
+
+    A record's id is the video's name and eight digits of a hash of the line's content, so it does not depend on the
+    line's place.
+
+    Raises:
+      ValueError: no such file, no line in it, or a line that is not in this form.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} can't be read as UTF-8 text: {getattr(error, 'strerror', None) or error}.") from error
+    records: dict[str, Record] = {}
+    numbers: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        record = _parse(line, f"{path}, line {number}", path.parent)
+        if record.id in records:
+            raise ValueError(f"{path}, line {number} says the same as line {numbers[record.id]}; remove one of them.")
+        records[record.id], numbers[record.id] = record, number
+    if not records:
+        raise ValueError(f'{path} holds no record; a line is {{"video": …, "prompt": …, "references": […]}}.')
+    return list(records.values())
+
+
+def _parse(line: str, where: str, folder: Path) -> Record:
+    """Reads one line."""
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}.") from error
+    _check_fields(fields, _FIELDS, where)
+    for name in ("video", "prompt"):
+        _check_text(fields[name], name, where, empty=name == "prompt")
+    if not isinstance(fields["references"], list):
+        raise ValueError(f"{where}: references is {fields['references']!r:.60}; it must be a list, [] for none.")
+    references = []
+    for index, entry in enumerate(fields["references"]):
+        name = f"references[{index}]"
+        _check_fields(entry, _REFERENCE_FIELDS, f"{where}: {name}")
+        for key, value in entry.items():
+            _check_text(value, f"{name}.{key}", where)
+        references.append(
+            Reference(
+                path=folder / entry["image"],
+                mask=folder / entry["mask"] if "mask" in entry else None,
+                subject=entry.get("subject"),
+            )
+        )
+    content = json.dumps(fields, sort_keys=True, ensure_ascii=False)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+    return Record(
+        id=f"{Path(fields['video']).stem}-{digest}",
+        video=folder / fields["video"],
+        prompt=fields["prompt"],
+        references=tuple(references),
+        metadata={"video": fields["video"], "references": fields["references"]},
+    )
+
+
+def _check_fields(value: Any, known: Mapping[str, bool], where: str) -> None:
+    """Raises ValueError unless `value` is an object with the fields that must be there and no others."""
+    form = "{" + ", ".join(f'"{name}"' + ("" if needed else "?") for name, needed in known.items()) + "}"
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {value!r:.60}; it must be an object {form}.")
+    missing = [name for name, needed in known.items() if needed and name not in value]
+    unknown = [name for name in value if name not in known]
+    if missing:
+        raise ValueError(f"{where} has no field {missing[0]!r}; it must be {form}.")
+    if unknown:
+        raise ValueError(f"{where} has the unknown field {unknown[0]!r}; it must be {form}.")
+
+
+def _check_text(value: Any, name: str, where: str, empty: bool = False) -> None:
+    """Raises ValueError unless `value` is a string, not empty unless that is allowed."""
+    if not isinstance(value, str) or not (value or empty):
+        raise ValueError(f"{where}: {name} is {value!r:.60}; it must be a string{'' if empty else ' and not empty'}.")
