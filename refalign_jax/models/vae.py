@@ -118,7 +118,7 @@ def _convolve(
 class Convolution(nn.Module):
     """A convolution over rows and columns and, causally, over frames.
 
-    Computed as the sum over the kernel's frames of 2-D convolutions, time folded into the batch: faster on CPUs than one
+    Computed as the sum over the kernel's frames of 2-D convolutions, time folded into the batch: on CPUs faster than a
     3-D convolution, and the kind of convolution that is tuned best on accelerators.
 
     Attributes:
