@@ -1,12 +1,17 @@
-"""Checkpoints through Orbax.
+"""Checkpoints through Orbax, each a folder that is written whole or not at all.
 
-A checkpoint of parameters alone is a folder with two items, `params` (arrays, as stored) and `config` (the
-`ModelConfig` as JSON). Orbax writes it whole or not at all.
+    of parameters alone     params · config (the ModelConfig as JSON)
+    of a training run       params · ema · optimizer · config (the whole Config as JSON) · progress (JSON: step, random
+                            key, skipped batches, data iterator, versions, commit)
+
+A run keeps its checkpoints in one folder, each under the number of its step. Saving copies to the host, then writes in
+the background. Reading parameters reads nothing else.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -16,14 +21,20 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from refalign_jax.config import ModelConfig
+from refalign_jax.convert.table import check, flatten
 from refalign_jax.types import Params
 
 Config = TypeVar("Config")
+PathLike = str | os.PathLike[str]
+
+ARRAYS = ("params", "ema", "optimizer")
+"""Items that hold arrays; `ema` may be absent."""
 
 
-def save_params(path: str | Path, params: Params, config: ModelConfig) -> None:
+def save_params(path: PathLike, params: Params, config: ModelConfig) -> None:
     """Writes parameters and their configuration.
 
     Args:
@@ -35,12 +46,12 @@ def save_params(path: str | Path, params: Params, config: ModelConfig) -> None:
     Raises:
       ValueError: the folder exists.
     """
-    path = Path(path).absolute()
-    if path.exists():
-        raise ValueError(f"{path} exists; it is not overwritten. Name another folder or remove it.")
-    with ocp.Checkpointer(_handlers()) as checkpointer:
+    folder = _absolute(path)
+    if folder.exists():
+        raise ValueError(f"{folder} exists; it is not overwritten. Name another folder or remove it.")
+    with ocp.Checkpointer(_composite()) as checkpointer:
         checkpointer.save(
-            path,
+            folder,
             args=ocp.args.Composite(
                 params=ocp.args.PyTreeSave(params),
                 config=ocp.args.JsonSave(dataclasses.asdict(config)),
@@ -48,34 +59,192 @@ def save_params(path: str | Path, params: Params, config: ModelConfig) -> None:
         )
 
 
-def load_params(path: str | Path) -> tuple[dict[str, Any], ModelConfig]:
-    """Reads what `save_params` wrote, as numpy arrays of the dtype stored.
+def load_params(path: PathLike, ema: bool = False) -> tuple[dict[str, Any], ModelConfig]:
+    """Reads parameters as numpy arrays of the dtype stored, and nothing else of the checkpoint.
+
+    Args:
+      path: a checkpoint of parameters, a checkpoint of a training run, or a run's folder, of which the newest is read.
+      ema: the moving average in place of the parameters.
 
     Raises:
-      ValueError: no such folder, or no checkpoint of parameters.
+      ValueError: no such folder, no checkpoint in it, no moving average in it, or a file of it is missing.
     """
-    path = Path(path).absolute()
-    if not (path / "params").is_dir() or not (path / "config").is_dir():
-        raise ValueError(f"{path} is no checkpoint of parameters: it needs the folders 'params' and 'config'.")
-    with ocp.Checkpointer(_handlers()) as checkpointer:
-        tree = ocp.PyTreeCheckpointHandler().metadata(path / "params").tree
-        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        restored = checkpointer.restore(
-            path,
-            args=ocp.args.Composite(
-                params=ocp.args.PyTreeRestore(restore_args=restore_args), config=ocp.args.JsonRestore()
-            ),
+    folder, item = find_checkpoint(path, ema)
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _shapes(folder, item))
+    return _restore_item(folder, item, ocp.args.PyTreeRestore(restore_args=restore_args)), read_model(folder)
+
+
+def restore_params(path: PathLike, shapes: Params, ema: bool = False) -> dict[str, Any]:
+    """Reads parameters straight into their place on the devices, cast to the dtype asked for.
+
+    Args:
+      path: as in `load_params`.
+      shapes: `jax.ShapeDtypeStruct`s with shardings, of the model to fill.
+      ema: the moving average in place of the parameters.
+
+    Returns:
+      Parameters as `shapes` has them; without "projectors" where the checkpoint has none.
+
+    Raises:
+      ValueError: as in `load_params`, or parameters of another model, listed with their shapes.
+    """
+    folder, item = find_checkpoint(path, ema)
+    stored = _shapes(folder, item)
+    if "projectors" not in stored:
+        shapes = {"dit": shapes["dit"]}
+    elif "projectors" not in shapes:
+        stored = {"dit": stored["dit"]}  # a model without alignment has no use for them
+    found, expected = ({name: tuple(x.shape) for name, x in flatten(tree).items()} for tree in (stored, shapes))
+    check(expected, found, str(folder))
+    args = ocp.args.PyTreeRestore(
+        item=dict(shapes), restore_args=ocp.checkpoint_utils.construct_restore_args(dict(shapes)), partial_restore=True
+    )
+    return _restore_item(folder, item, args)
+
+
+def find_checkpoint(path: PathLike, ema: bool = False) -> tuple[epath.Path, str]:
+    """The folder of one checkpoint and which item of it holds the parameters; arguments as in `load_params`."""
+    folder = given = _absolute(path)
+    if not given.is_dir():
+        raise ValueError(f"{given} does not exist; a checkpoint is a folder.")
+    if not (given / "config").is_dir():
+        for parent in (given, given / "checkpoints"):
+            steps = [int(child.name) for child in parent.iterdir() if child.name.isdigit()] if parent.is_dir() else []
+            if steps:
+                folder = parent / str(max(steps))
+                break
+    item = "ema" if ema else "params"
+    if ema and (folder / "params").is_dir() and not (folder / "ema").is_dir():
+        raise ValueError(f"{folder} holds no moving average, having been trained with optimizer.ema_decay=0.")
+    if not (folder / item).is_dir() or not (folder / "config").is_dir():
+        raise ValueError(
+            f"{given} is no checkpoint of parameters: it needs the folders 'params' and 'config', or to be a training "
+            "run's folder."
         )
-    return restored["params"], from_dict(ModelConfig, restored["config"], str(path))
+    return folder, item
 
 
-def _handlers() -> ocp.CompositeCheckpointHandler:
-    """The two items; of large parameters no more than 1 GB is on its way to disk at a time.
+def read_config(path: PathLike) -> dict[str, Any]:
+    """The configuration in one checkpoint as nested dicts: a `ModelConfig`, or a run's `Config`."""
+    return _restore_item(_absolute(path), "config", ocp.args.JsonRestore())
 
-    Weights hardly compress, and compressing them costs four times the time and 1 GB more.
+
+def read_model(path: PathLike) -> ModelConfig:
+    """The model of one checkpoint.
+
+    Raises:
+      ValueError: a field that this version does not know.
     """
-    params = ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False)
-    return ocp.CompositeCheckpointHandler(params=params, config=ocp.JsonCheckpointHandler())
+    values = read_config(path)
+    return from_dict(ModelConfig, values.get("model", values), str(path))
+
+
+class Checkpoints:
+    """The checkpoints of one training run; a context manager that waits for the last write when left.
+
+    Args:
+      folder: where they are, local or gs://; made if need be. Rests of an interrupted write are removed.
+      keep: newest checkpoints that stay.
+
+    Raises:
+      OSError: the folder can't be written.
+    """
+
+    def __init__(self, folder: PathLike, keep: int) -> None:
+        self.folder = _absolute(folder)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        handlers = {name: _arrays() for name in ARRAYS}
+        handlers |= {name: ocp.JsonCheckpointHandler() for name in ("config", "progress")}
+        try:
+            self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        except OSError as error:
+            raise OSError(f"{self.folder} can't be written: {error.strerror or _first_line(error)}.") from error
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest checkpoint, being written or written."""
+        return self._manager.latest_step()
+
+    def path(self, step: int) -> epath.Path:
+        """Folder of one checkpoint."""
+        return self.folder / str(step)
+
+    def save(
+        self, step: int, arrays: Mapping[str, Params], progress: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> None:
+        """Saves one checkpoint; returns when the arrays are copied and may be donated.
+
+        Args:
+          step: its number.
+          arrays: trees of jax arrays by name, of `ARRAYS`.
+          progress: anything JSON that a run needs to go on.
+          config: the run's configuration.
+
+        Raises:
+          OSError: this or the previous checkpoint can't be written.
+        """
+        items: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in arrays.items()}
+        items |= {"config": ocp.args.JsonSave(dict(config)), "progress": ocp.args.JsonSave(dict(progress))}
+        self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
+
+    def restore(self, step: int, shapes: Mapping[str, Params]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads one checkpoint's arrays onto the devices, and its progress.
+
+        Args:
+          step: its number.
+          shapes: trees of `jax.ShapeDtypeStruct`s with shardings, which may differ from those it was saved with.
+
+        Raises:
+          ValueError: a file of it is missing or damaged.
+        """
+        items: dict[str, Any] = {
+            name: ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+            for name, tree in shapes.items()
+        }
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items, progress=ocp.args.JsonRestore()))
+        except Exception as error:
+            others = [s for s in self._manager.all_steps() if s < step]
+            before = f"from step {max(others)}" if others else "from the beginning"
+            raise ValueError(
+                f"{self.path(step)} can't be restored ({_first_line(error)}); remove that folder to go on {before}."
+            ) from error
+        return {name: restored[name] for name in shapes}, restored["progress"]
+
+    def should_stop(self, step: int) -> bool:
+        """Whether the cluster is about to take the machine away; the same in every process."""
+        return self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Returns when everything is written.
+
+        Raises:
+          OSError: it can't be.
+        """
+        self._guard(self._manager.wait_until_finished)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: object) -> None:
+        try:
+            self.wait()
+        except OSError:
+            if value is None:
+                raise
+        finally:
+            self._manager.close()
+
+    def _guard(self, action: Any) -> None:
+        """Runs what writes; of whatever goes wrong there, the user needs one sentence."""
+        try:
+            action()
+        except Exception as error:
+            whole = [step for step in self._manager.all_steps() if (self.path(step) / "progress").exists()]
+            good = f"the last good one is {self.path(max(whole))}" if whole else "there is no earlier one"
+            raise OSError(
+                f"A checkpoint could not be written to {self.folder} ({_first_line(error)}); {good}."
+            ) from error
 
 
 def from_dict(kind: type[Config], values: Mapping[str, Any], source: str) -> Config:
@@ -102,3 +271,40 @@ def from_dict(kind: type[Config], values: Mapping[str, Any], source: str) -> Con
 def _is_tuple(hint: Any) -> bool:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return any(typing.get_origin(option) is tuple for option in options)
+
+
+def _arrays() -> ocp.PyTreeCheckpointHandler:
+    """Writes arrays; of large ones no more than 1 GB is on its way to disk at a time.
+
+    Weights hardly compress, and compressing them costs four times the time and 1 GB more.
+    """
+    return ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False)
+
+
+def _composite() -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(params=_arrays(), ema=_arrays(), config=ocp.JsonCheckpointHandler())
+
+
+def _shapes(path: epath.Path, item: str) -> dict[str, Any]:
+    """Names, shapes and dtypes of an item's arrays."""
+    try:
+        return ocp.PyTreeCheckpointHandler().metadata(path / item).tree
+    except Exception as error:
+        raise ValueError(f"{path / item} can't be read ({_first_line(error)}); the checkpoint is not whole.") from error
+
+
+def _restore_item(path: epath.Path, item: str, args: Any) -> Any:
+    try:
+        with ocp.Checkpointer(_composite()) as checkpointer:
+            return checkpointer.restore(path, args=ocp.args.Composite(**{item: args}))[item]
+    except Exception as error:
+        raise ValueError(f"{path / item} can't be read ({_first_line(error)}); the checkpoint is not whole.") from error
+
+
+def _absolute(path: PathLike) -> epath.Path:
+    path = os.fspath(path)
+    return epath.Path(path if "://" in path else Path(path).absolute())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].strip().rstrip(".")[:300]

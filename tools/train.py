@@ -1,0 +1,65 @@
+"""Trains by a recipe: `python tools/train.py configs/refalign_1_3b_stage1.py --train.folder runs/a [...]`.
+
+`--help` shows every field with its type and the recipe's value. A run that finds checkpoints in its folder goes on.
+"""
+
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+
+import tyro
+
+from refalign_jax.command import _exit
+from refalign_jax.train_config import Config
+
+
+def parse(arguments: list[str]) -> Config:
+    """The recipe named first, with the fields that the other arguments override.
+
+    Raises:
+      ValueError: no such recipe, or a value that a field can't have.
+    """
+    recipe, rest = (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else ("", arguments)
+    if not recipe and not {"-h", "--help"} & set(rest):
+        raise ValueError("Name a recipe first, as in: tools/train.py configs/tiny.py --train.folder runs/tiny.")
+    default = read_recipe(Path(recipe)) if recipe else Config()
+    return tyro.cli(
+        Config, default=default, args=rest, description=__doc__, prog=f"tools/train.py {recipe or 'RECIPE'}"
+    )
+
+
+def read_recipe(path: Path) -> Config:
+    """What a recipe's get_config() returns.
+
+    Raises:
+      ValueError: no Python file with such a function.
+    """
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(f"{path} is no recipe; name a Python file with get_config(), as under configs/.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except (AttributeError, ImportError, SyntaxError, NameError, TypeError) as error:
+        raise ValueError(f"{path} is no recipe that can be read: {error}.") from error
+    if not isinstance(config, Config):
+        raise ValueError(f"{path}: get_config() returns {type(config).__name__}; it must return a Config.")
+    return config
+
+
+def main(arguments: list[str]) -> int:
+    """Parses, then trains."""
+    config = parse(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    from refalign_jax.train import train  # after parsing, so that --help answers at once
+
+    train(config)
+    return 0
+
+
+if __name__ == "__main__":
+    _exit(lambda: main(sys.argv[1:]))
