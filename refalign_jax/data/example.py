@@ -84,6 +84,26 @@ class Example:
         check_shapes({name: getattr(self, name) for name in (*FIELDS, "subject_ids")}, self.id)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What every example of a dataset has in common, and the extremes of the rest."""
+
+    num_examples: int
+    video_latents: tuple[int, int, int, int]
+    """F, H, W, C."""
+    text_width: int
+    vfm_width: int
+    longest_text: int
+    """Tokens of the longest prompt."""
+    most_references: int
+    """References of the example that has most."""
+
+    @property
+    def vfm_tokens(self) -> int:
+        """P, tokens of one reference: H/2·W/2."""
+        return self.video_latents[1] // 2 * (self.video_latents[2] // 2)
+
+
 def check_shapes(arrays: Mapping[str, np.ndarray], id: str) -> None:
     """Checks that an example's arrays fit each other.
 

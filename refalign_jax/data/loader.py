@@ -14,12 +14,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import gc
 import logging
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import threading
+import weakref
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
@@ -27,8 +29,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from refalign_jax.data.example import FIELDS, MAX_TEXT_LENGTH, fill
-from refalign_jax.data.shards import CorruptRecordError, Spec
+from refalign_jax.data.example import FIELDS, MAX_TEXT_LENGTH, Spec, fill
+from refalign_jax.data.shards import CorruptRecordError
 from refalign_jax.types import Int
 
 Batch = dict[str, np.ndarray]
@@ -124,7 +126,9 @@ class BatchIterator:
         self._rank, self._processes, self._about = rank, processes, about
         self._consumed = 0
         self._corrupt: set[str] = set()
-        self._iterator: grain.DatasetIterator | None = None
+        self._running: list[grain.DatasetIterator] = []
+        # Also at exit: Grain's own clean-up comes when half of Python is gone.
+        weakref.finalize(self, _close, self._running)
 
     def _start(self) -> grain.DatasetIterator:
         """Builds Grain's pipeline from the present position on."""
@@ -151,9 +155,9 @@ class BatchIterator:
         Raises:
           ValueError: more than `max_corrupt` records can't be read.
         """
-        if self._iterator is None:
-            self._iterator = self._start()
-        batch = next(self._iterator)
+        if not self._running:
+            self._running.append(self._start())
+        batch = next(self._running[0])
         for message in batch.pop("corrupt"):
             if message not in self._corrupt:
                 self._corrupt.add(message)
@@ -188,9 +192,7 @@ class BatchIterator:
 
     def close(self) -> None:
         """Ends threads and workers; the next batch starts them anew."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+        _close(self._running)
 
 
 def make_loader(
@@ -293,6 +295,13 @@ class _Read:
         whole = self._config.dtype == "float32"
         dtypes = {n: np.dtype(np.float32) if whole or a.dtype == np.int8 else a.dtype for n, a in arrays.items()}
         return {name: np.empty((B, *shapes[name]), dtypes[name]) for name in FIELDS}
+
+
+def _close(running: list[grain.DatasetIterator]) -> None:
+    """Closes the iterator in the list, if there is one, and lets go of it and all it refers to."""
+    if running:
+        running.pop().close()
+        gc.collect()  # Grain's iterators refer to each other in circles
 
 
 def _too_many(message: str, limit: int) -> str:

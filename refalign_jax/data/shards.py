@@ -31,31 +31,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from grain.sources import ArrayRecordDataSource
 
-from refalign_jax.data.example import FIELDS, Example, Storage, cosines, encode, fill, parse
+from refalign_jax.data.example import FIELDS, Example, Spec, Storage, cosines, encode, fill, parse
 
 MANIFEST = "manifest.json"
 FORMAT = "refalign_jax examples 1"
 WRITER_OPTIONS = "group_size:1,uncompressed"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Spec:
-    """What every example of a dataset has in common, and the extremes of the rest."""
-
-    num_examples: int
-    video_latents: tuple[int, int, int, int]
-    """F, H, W, C."""
-    text_width: int
-    vfm_width: int
-    longest_text: int
-    """Tokens of the longest prompt."""
-    most_references: int
-    """References of the example that has most."""
-
-    @property
-    def vfm_tokens(self) -> int:
-        """P, tokens of one reference: H/2·W/2."""
-        return self.video_latents[1] // 2 * (self.video_latents[2] // 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,18 +220,17 @@ class ShardWriter:
         """
         if example.id in self._ids:
             raise ValueError(f"Example {example.id} is in {self.folder} already; ids must be unique.")
-        shape = tuple(example.video_latents.shape)
-        text_width, vfm_width = example.text.shape[1], example.vfm_features.shape[2]
+        F, H, W, C = example.video_latents.shape
+        given = ((F, H, W, C), example.text.shape[1], example.vfm_features.shape[2])
         expected = (self.manifest.video_latents, self.manifest.text_width, self.manifest.vfm_width)
-        if self._ids and (shape, text_width, vfm_width) != expected:
+        if self._ids and given != expected:
             raise ValueError(
-                f"Example {example.id} has video latents, text width, VFM width {(shape, text_width, vfm_width)}; "
+                f"Example {example.id} has video latents, text width, VFM width {given}; "
                 f"those of {self.folder} are {expected}, and all examples of a dataset must agree."
             )
         blob = encode(example, self.manifest.storage)
-        self.manifest = dataclasses.replace(
-            self.manifest, video_latents=shape, text_width=text_width, vfm_width=vfm_width
-        )
+        shape, text, vfm = given
+        self.manifest = dataclasses.replace(self.manifest, video_latents=shape, text_width=text, vfm_width=vfm)
         if self._open is None:
             number = len(self.manifest.shards)
             self._open = _OpenShard(self.folder / f"{self._name}-{number:05d}.array_record")

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from data.test_example import FLOAT32, make
 
-from refalign_jax.data.example import Storage, cosines
+from refalign_jax.data.example import Spec, Storage, cosines
 from refalign_jax.data.loader import DataConfig, make_loader
-from refalign_jax.data.shards import ShardSource, ShardWriter, Spec
+from refalign_jax.data.shards import ShardSource, ShardWriter
 from refalign_jax.data.synthetic import SyntheticSource
 
 SPEC = Spec(
@@ -321,3 +321,19 @@ if __name__ == "__main__":
         time.sleep(0.1)
     assert not any(map(alive, before))
     assert not os.path.exists(f"/proc/{parent.pid}")
+
+
+def test_leaving_without_close_is_silent(tmp_path):
+    script = tmp_path / "leave.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from data.test_loader import *
+if __name__ == "__main__":
+    loader = make_loader(DataConfig(batch_size=4, num_workers=2), SyntheticSource(SPEC))
+    batch = next(loader)
+    raise SystemExit(3)
+""")
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (3, "")
