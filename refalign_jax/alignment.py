@@ -121,7 +121,7 @@ def pull_push(
 def alignment_terms(
     projectors: Params,
     features: Float[Array, "A B R P D"],
-    targets: Float[Array, "B R P E"],
+    targets: Float[Array, "B R _ E"],
     subject_ids: Int[Array, "B R"],
     num_references: Int[Array, " B"],
     grid: tuple[int, int],
@@ -149,9 +149,9 @@ def alignment_terms(
             f"vfm_features are {targets.shape[-1]} wide, AlignmentConfig.vfm_width={config.vfm_width}; set it to the "
             "width of the VFM that made them."
         )
-    if targets.shape[2] != features.shape[3] or grid[0] * grid[1] != features.shape[3]:
+    if targets.shape[2] != grid[0] * grid[1]:
         raise ValueError(
-            f"vfm_features have {targets.shape[2]} tokens a reference, the transformer has {features.shape[3]} on a "
+            f"vfm_features have {targets.shape[2]} tokens a reference, the transformer has {grid[0] * grid[1]} on a "
             f"{grid[0]}x{grid[1]} grid; both must come from the same pixels."
         )
     real = jnp.arange(targets.shape[1]) < num_references[:, None]

@@ -30,7 +30,9 @@ class DiTConfig:
       eps: of every norm.
       rope_theta: base of the rotary frequencies.
       max_position: rotary positions reach from 0 to this, exclusive, on each axis.
-      compute_dtype: of matmuls and activations; norms, softmax, RoPE and time stay float32.
+      compute_dtype: of matmuls and what they read and write; norms, softmax, RoPE, time and head stay float32.
+      residual_dtype: of the stream that the blocks add to. float32, as in Wan2.1's code, halves bfloat16's error; in
+        bfloat16 the stream, which is most of what remat keeps, takes half the memory.
       attention: kernel; `auto` is cuDNN on NVIDIA in bfloat16, XLA elsewhere.
       remat: what a block keeps for the backward pass: `none` recomputes nothing, `dots` keeps matmul outputs,
         `attention` keeps attention outputs, `full` keeps the block's input alone.
@@ -48,6 +50,7 @@ class DiTConfig:
     rope_theta: float = 10000.0
     max_position: int = 1024
     compute_dtype: DType = "bfloat16"
+    residual_dtype: DType = "float32"
     attention: AttentionKernel = "auto"
     remat: RematPolicy = "full"
 
@@ -62,8 +65,8 @@ class DiTConfig:
             )
         if any(size % 2 or size == 0 for size in self.rope_widths):
             raise ValueError(
-                f"DiTConfig: a head width of {self.head_width} (width {self.width} / num_heads {self.num_heads}) splits "
-                f"into {self.rope_widths} for time, rows and columns; RoPE rotates pairs, so each must be even and "
+                f"DiTConfig: a head width of {self.head_width} (width {self.width} / num_heads {self.num_heads}) "
+                f"splits into {self.rope_widths} for time, rows and columns; RoPE rotates pairs, so each must be even and "
                 "positive."
             )
         if self.frequency_width < 2 or self.frequency_width % 2:
@@ -76,6 +79,7 @@ class DiTConfig:
                 "a token can't span several."
             )
         _check_choice(self, "compute_dtype", DType)
+        _check_choice(self, "residual_dtype", DType)
         _check_choice(self, "attention", AttentionKernel)
         _check_choice(self, "remat", RematPolicy)
 
@@ -110,9 +114,7 @@ class DiTConfig:
             )
         grid = (frames, rows // ph, columns // pw)
         if max(grid) > self.max_position:
-            raise ValueError(
-                f"A token grid of {grid} reaches beyond DiTConfig.max_position={self.max_position}."
-            )
+            raise ValueError(f"A token grid of {grid} reaches beyond DiTConfig.max_position={self.max_position}.")
         return grid
 
 
@@ -172,9 +174,7 @@ class AlignmentConfig:
                     f"AlignmentConfig.{name}={getattr(self, name)} is a cosine distance and must lie between 0 and 2."
                 )
         if not 0 <= self.target_mean_removed <= 1:
-            raise ValueError(
-                f"AlignmentConfig.target_mean_removed={self.target_mean_removed} is a share, from 0 to 1."
-            )
+            raise ValueError(f"AlignmentConfig.target_mean_removed={self.target_mean_removed} is a share, from 0 to 1.")
         if not 0 <= self.stop_step < 2**31:
             raise ValueError(f"AlignmentConfig.stop_step={self.stop_step} must be a step below 2^31, or 0 for never.")
         _check_choice(self, "projector", Literal["mlp", "conv"])

@@ -66,13 +66,13 @@ def corrupt(
     return (1 - sigma) * x + sigma * noise, noise - x
 
 
-def flow_errors(
-    velocity: Float[Array, "B F H W C"], target: Float[Array, "B F H W C"]
-) -> Float[Array, " B"]:
+def flow_errors(velocity: Float[Array, "B F H W C"], target: Float[Array, "B F H W C"]) -> Float[Array, " B"]:
     """Mean squared error of each sample, unweighted."""
     return jnp.mean(jnp.square(velocity.astype(jnp.float32) - target), axis=(1, 2, 3, 4))
 
 
-def lookup(table: Schedule, index: Int[Array, " B"]) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
+def lookup(
+    table: Schedule, index: Int[Array, " B"]
+) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
     """(σ, t, w) at each sample's index into the schedule."""
     return tuple(jnp.asarray(values)[index] for values in table)  # type: ignore[return-value]

@@ -7,7 +7,7 @@ Pure: parameters, batch, noise and schedule indices in; loss and its terms out. 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -89,7 +89,7 @@ def sample_terms(
     sigma, t, weight = flow.lookup(flow.training_schedule(config.flow), index)
     noisy, target = flow.corrupt(batch.video_latents, noise, sigma)
     aligning = config.alignment.weight > 0
-    velocity, features = DiT(config.dit).apply(
+    outputs: Any = DiT(config.dit).apply(
         {"params": params["dit"]},
         noisy,
         t,
@@ -98,6 +98,7 @@ def sample_terms(
         batch.num_references,
         num_feature_blocks=config.alignment.num_blocks if aligning else 0,
     )
+    velocity, features = outputs
     errors = flow.flow_errors(velocity, target)
     gate = alignment.gate(t, config.alignment)
     pull = push = jnp.zeros_like(errors)

@@ -10,6 +10,7 @@ positions. References stay clean through every step. Nothing of the alignment ta
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,11 +41,12 @@ def guided_velocity(
         repeats = text.shape[0] // x.shape[0]
         counts = None if num_references is None else jnp.tile(num_references, repeats)
         latents = jnp.tile(x, (repeats, 1, 1, 1, 1))
-        return DiT(dit).apply({"params": params}, latents, jnp.tile(t, repeats), text, references, counts)[0]
+        outputs: Any = DiT(dit).apply({"params": params}, latents, jnp.tile(t, repeats), text, references, counts)
+        return outputs[0]
 
     if reference_latents is None:
-        branches = [(negative_text, None), (text, None)]
-        scales = (config.text_guidance,)
+        branches: list[tuple[Array, Array | None]] = [(negative_text, None), (text, None)]
+        scales: tuple[float, ...] = (config.text_guidance,)
     else:
         branches = [
             (negative_text, jnp.zeros_like(reference_latents)),

@@ -62,7 +62,8 @@ def program(config):
     params = tiny.params(config)
     lowered = sample.lower(params["dit"], *inputs()[1:], dit=config.dit, config=STEPS)
     text = lowered.compile().as_text()
-    return re.sub(r",? ?(metadata=\{[^}]*\}|stack_frame_id=\d+)", "", text)
+    tables = r"^(FileNames|FunctionNames|FileLocations|StackFrames)\n(.+\n)*"
+    return re.sub(r",? ?metadata=\{[^}]*\}", "", re.sub(tables, "", text, flags=re.MULTILINE))
 
 
 def test_the_sampling_program_has_no_trace_of_alignment():
@@ -72,4 +73,4 @@ def test_the_sampling_program_has_no_trace_of_alignment():
     jax.clear_caches()
     assert program(unaligned) == text
     assert "fusion" in text
-    assert not re.search(r"align|project|vfm", text, re.IGNORECASE)
+    assert not re.search(r"align|projector|vfm", text, re.IGNORECASE)

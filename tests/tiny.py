@@ -23,13 +23,13 @@ GRID = (2, 4, 6)
 """Latent frames, rows, columns."""
 
 
-def params(config: ModelConfig = MODEL, seed: int = 0) -> dict:
+def params(config: ModelConfig = MODEL, seed: int = 0, spread: float = 0.1) -> dict:
     """Random parameters with nothing left at zero, so that every path carries a signal."""
     tree = jax.jit(init_model, static_argnums=0)(config, jax.random.key(seed))
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     return structure.unflatten(
-        [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
+        [x + spread * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
     )
 
 

@@ -40,7 +40,9 @@ def main(
     stored = np.dtype(jnp.dtype(dtype))
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        first, checkpoint, second = (Path(temporary) / name for name in ("a.safetensors", "checkpoint", "b.safetensors"))
+        first, checkpoint, second = (
+            Path(temporary) / name for name in ("a.safetensors", "checkpoint", "b.safetensors")
+        )
         tensors = ((name, rng.standard_normal(shape, np.float32).astype(stored)) for name, shape in shapes.items())
         write_weights(first, tensors, shapes, dict.fromkeys(shapes, stored), max_shard_bytes=10**12)
         held = first.stat().st_size
@@ -65,7 +67,7 @@ def _timed(*arguments: str, held: int) -> None:
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds = time.perf_counter() - started
     peak = int(output.split("peak")[-1]) * (1 if sys.platform == "darwin" else 1024)
-    print(f"{arguments[0]}: {seconds:.0f} s, peak {peak / 2**30:.2f} GiB, {(peak - held) / 2**30:+.2f} GiB to the parameters")
+    print(f"{arguments[0]}: {seconds:.0f} s, peak {peak / 2**30:.2f} GiB, {(peak - held) / 2**30:.2f} GiB beyond them")
 
 
 def _digest(value: np.ndarray) -> str:

@@ -120,7 +120,8 @@ def _open_shards(index: Path) -> SafetensorsWeights:
         unlisted = [name for name in shard_shapes if files.get(name) != path]
         if lacking or unlisted:
             raise ValueError(
-                f"{path} and {index.name} disagree: in the index alone {lacking[:4]}, in the shard alone {unlisted[:4]}."
+                f"{path} and {index.name} disagree: in the index alone {lacking[:4]}, "
+                f"in the shard alone {unlisted[:4]}."
             )
         shapes |= shard_shapes
         dtypes |= shard_dtypes
@@ -164,7 +165,9 @@ def write_weights(
         shards[-1][name] = size
     paths = [path]
     if len(shards) > 1:
-        paths = [path.with_name(f"{path.stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors") for i in range(len(shards))]
+        paths = [
+            path.with_name(f"{path.stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors") for i in range(len(shards))
+        ]
     index = path.with_name(path.stem + INDEX_SUFFIX)
     targets = [*paths, index] if len(shards) > 1 else paths
     for target in targets:
@@ -187,7 +190,9 @@ def write_weights(
         if len(shards) > 1:
             weight_map = {name: target.name for shard, target in zip(shards, paths, strict=True) for name in shard}
             total = sum(sum(shard.values()) for shard in shards)
-            partial[index].write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1))
+            partial[index].write_text(
+                json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
+            )
         for target, temporary in partial.items():
             temporary.rename(target)
     except OSError as error:

@@ -63,12 +63,12 @@ def infer_config(
         latent_channels=channels,
         patch_size=tuple(patch),  # type: ignore[arg-type]
     )
-    aligned = [i for i in blocks if any(f"blocks.{i}.input_{kind}" in name for name in shapes for kind in ("mlp", "conv"))]
+    aligned = [
+        i for i in blocks if any(f"blocks.{i}.input_{kind}" in name for name in shapes for kind in ("mlp", "conv"))
+    ]
     if not aligned:
         return ModelConfig(dit=dit, alignment=AlignmentConfig(num_blocks=min(9, dit.num_layers))), False
     conv = "blocks.0.input_conv.weight" in shapes
     vfm_width = shape(*(("blocks.0.input_conv.weight", 4) if conv else ("blocks.0.input_mlp.proj.2.weight", 2)))[0]
-    alignment = AlignmentConfig(
-        num_blocks=max(aligned) + 1, vfm_width=vfm_width, projector="conv" if conv else "mlp"
-    )
+    alignment = AlignmentConfig(num_blocks=max(aligned) + 1, vfm_width=vfm_width, projector="conv" if conv else "mlp")
     return ModelConfig(dit=dit, alignment=alignment), True

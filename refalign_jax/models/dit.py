@@ -17,6 +17,7 @@ a longer sequence, and on a mesh each stream is sharded evenly by itself.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,9 +41,7 @@ class SelfAttention(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(
-        self, streams: Streams, rotations: tuple[Rotation, ...], lengths: Int[Array, " B"] | None
-    ) -> Streams:
+    def __call__(self, streams: Streams, rotations: tuple[Rotation, ...], lengths: Int[Array, " B"] | None) -> Streams:
         """Returns the attended streams, shapes kept; `lengths` counts the tokens that are no padding."""
         c = self.config
         dtype = jnp.dtype(c.compute_dtype)
@@ -64,7 +63,7 @@ class SelfAttention(nn.Module):
         )
         attended = _merge(attention(q, k, v, lengths, c.attention))
         starts = [0, streams[0].shape[1], attended.shape[1]]
-        return tuple(out(attended[:, a:b]) for a, b in zip(starts, starts[1:], strict=False) if b > a)
+        return tuple(out(attended[:, a:b]) for a, b in itertools.pairwise(starts) if b > a)
 
 
 class CrossAttention(nn.Module):
@@ -114,7 +113,7 @@ class Block(nn.Module):
         """Maps the streams to the streams after this block.
 
         Args:
-          streams: video and reference tokens, in the compute dtype.
+          streams: video and reference tokens, in the residual dtype.
           time: the projected time, float32: shift, scale, gate of attention, then of the feed-forward network.
           text: embedded text, in the compute dtype.
           rotations: RoPE of each stream.
@@ -130,7 +129,8 @@ class Block(nn.Module):
         video, *reference = (_gated(x, gate1, y) for x, y in zip(streams, outputs, strict=True))
 
         normed = nn.LayerNorm(c.eps, use_fast_variance=False, dtype=jnp.float32, name="cross_norm")(video)
-        video = video + CrossAttention(c, name="cross_attention")(normed.astype(dtype), text)
+        attended = CrossAttention(c, name="cross_attention")(normed.astype(dtype), text)
+        video = (video + attended).astype(video.dtype)
 
         ffn = FeedForward(c.ffn_width, c.width, dtype, name="ffn")
         return tuple(
@@ -194,7 +194,7 @@ class DiT(nn.Module):
           num_feature_blocks: A, after how many blocks the reference tokens are returned.
 
         Returns:
-          The velocity in float32 and, if A > 0, the reference tokens after blocks 0..A-1 in the compute dtype
+          The velocity in float32 and, if A > 0, the reference tokens after blocks 0..A-1 in the residual dtype
           (undefined where a reference is padding), else None.
 
         Raises:
@@ -246,10 +246,9 @@ class DiT(nn.Module):
     ) -> tuple[Streams, Array, Callable[[Streams, Params], Streams]]:
         """Tokens of each stream, the time embedding, and a block with all of its inputs but tokens and parameters."""
         c = self.config
-        dtype = jnp.dtype(c.compute_dtype)
         frames, rows, columns = c.token_grid(*latents.shape[1:4])
         with jax.named_scope("embed"):
-            streams = [self.patch_embedding(patchify(latents, c)).astype(dtype)]
+            streams = [self.patch_embedding(patchify(latents, c)).astype(c.residual_dtype)]
             rotations = [rotation(jnp.arange(frames)[None], rows, columns, c)]
             lengths = None
             if reference_latents is not None:
@@ -265,7 +264,7 @@ class DiT(nn.Module):
                     real = jnp.arange(count) < num_references[:, None]
                     reference_latents = jnp.where(real[:, :, None, None, None], reference_latents, 0)
                     lengths = streams[0].shape[1] + num_references * ref_rows * ref_columns
-                streams.append(self.patch_embedding(patchify(reference_latents, c)).astype(dtype))
+                streams.append(self.patch_embedding(patchify(reference_latents, c)).astype(c.residual_dtype))
                 rotations.append(rotation(reference_positions, ref_rows, ref_columns, c))
             embedded_text = self.text_embedding(text)
             sinusoid = time_sinusoid(t, c.frequency_width)[:, None]
@@ -273,7 +272,10 @@ class DiT(nn.Module):
             time = self.time_projection(nn.silu(e)).reshape(-1, 6, c.width)
 
         def block(streams: Streams, params: Params) -> Streams:
-            return Block(c, parent=None).apply({"params": params}, streams, time, embedded_text, tuple(rotations), lengths)
+            outputs: Any = Block(c, parent=None).apply(
+                {"params": params}, streams, time, embedded_text, tuple(rotations), lengths
+            )
+            return outputs
 
         return tuple(streams), e[:, 0], block
 
@@ -340,9 +342,7 @@ def _scan(
 
 def _cast_kernels(params: Params, dtype: jnp.dtype) -> Params:
     """Casts the matmul kernels once, ahead of the loop: their all-gathers and their reads are 16-bit then."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: x.astype(dtype) if path[-1].key == "kernel" else x, params
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if path[-1].key == "kernel" else x, params)
 
 
 def _heads(x: Float[Array, "B T D"], config: DiTConfig) -> Float[Array, "B T N K"]:
@@ -361,5 +361,5 @@ def _modulate(
 
 
 def _gated(x: Float[Array, "B T D"], gate: Float[Array, "B 1 D"], y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """x + gate·y, summed in float32, in x's dtype."""
+    """Returns x + gate·y, summed in float32, in x's dtype."""
     return (x + gate * y).astype(x.dtype)

@@ -20,7 +20,7 @@ def precision_of(dtype: jnp.dtype) -> jax.lax.Precision:
 
 @jax.custom_vjp
 def matmul(x: Float[Array, "B T I"], kernel: Float[Array, "I O"]) -> Float[Array, "B T O"]:
-    """x @ kernel, with a weight gradient that is fast on CPUs too.
+    """Returns x @ kernel, with a weight gradient that is fast on CPUs too.
 
     XLA:CPU contracts two axes at once naively, 2.5 times slower for a whole MLP than the same product over
     flattened tokens; other platforms want the axes apart, since they may be sharded differently.
@@ -37,9 +37,7 @@ def _matmul_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
     precision = precision_of(x.dtype)
 
     def flattened(x: Array, g: Array) -> Array:
-        return jnp.einsum(
-            "ti,to->io", x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), precision=precision
-        )
+        return jnp.einsum("ti,to->io", x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), precision=precision)
 
     def apart(x: Array, g: Array) -> Array:
         return jnp.einsum("bti,bto->io", x, g, precision=precision)
@@ -52,7 +50,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nn.Module):
-    """x @ kernel + bias over the last axis of [B, T, I], in `dtype`; parameters are float32 at initialisation."""
+    """Maps to x @ kernel + bias over the last axis of [B, T, I], in `dtype`; parameters start as float32."""
 
     features: int
     dtype: jnp.dtype

@@ -25,9 +25,7 @@ def _angles(positions: int, width: int, theta: float) -> np.ndarray:
     return np.repeat(np.outer(np.arange(positions, dtype=np.float64), frequencies), 2, axis=-1)
 
 
-def rotation(
-    frames: Int[Array, "#B F"], rows: int, columns: int, config: DiTConfig
-) -> Rotation:
+def rotation(frames: Int[Array, "#B F"], rows: int, columns: int, config: DiTConfig) -> Rotation:
     """Cosines and sines for a grid of tokens, frames outermost.
 
     Args:

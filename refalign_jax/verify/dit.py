@@ -190,8 +190,8 @@ class DiTCheck:
             unknown = [label for label in labels if label not in SCALARS]
             if unknown:
                 raise ValueError(f"config.json names the scalars {unknown}; known are {', '.join(SCALARS)}.")
-            ours = [float(jnp.mean(SCALARS[label](terms))) for label in labels]
-            self.report.compare_each(f"{name}_scalars", ours, values[f"{name}_scalars"], labels)
+            scalars = [float(jnp.mean(SCALARS[label](terms))) for label in labels]
+            self.report.compare_each(f"{name}_scalars", scalars, values[f"{name}_scalars"], labels)
 
     def _alignment(self, subjects: str) -> None:
         """The alignment loss alone, for so many subjects of equally many tokens, and its gradient."""
@@ -280,19 +280,19 @@ def _forward(params: Params, *inputs: Any, config: DiTConfig) -> Any:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _hidden_states(params: Params, *inputs: Any, config: DiTConfig) -> Any:
-    states = DiT(config).apply({"params": params}, *inputs, method="hidden_states")
+    states: Any = DiT(config).apply({"params": params}, *inputs, method="hidden_states")
     return states.astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _loss_terms(params: Params, *inputs: Any, config: ModelConfig) -> Any:
-    return sample_terms(params, *inputs, jnp.int32(0), config)
+def _loss_terms(params: Params, batch: Batch, noise: jax.Array, index: jax.Array, *, config: ModelConfig) -> Any:
+    return sample_terms(params, batch, noise, index, jnp.int32(0), config)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _loss_gradient(params: Params, *inputs: Any, config: ModelConfig) -> Any:
+def _loss_gradient(params: Params, batch: Batch, noise: jax.Array, index: jax.Array, *, config: ModelConfig) -> Any:
     def loss(params: Params) -> jax.Array:
-        return jnp.mean(sample_terms(params, *inputs, jnp.int32(0), config)[0].loss)
+        return jnp.mean(sample_terms(params, batch, noise, index, jnp.int32(0), config)[0].loss)
 
     return jax.value_and_grad(loss)(params)
 

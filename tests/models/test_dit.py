@@ -99,15 +99,15 @@ def test_permuting_references_with_their_positions_permutes_features_alone():
     default, _ = forward(*inputs, batch.reference_latents)
     permuted, other = forward(*inputs, batch.reference_latents[:, order], None, positions[:, order], features=2)
     moved, _ = forward(*inputs, batch.reference_latents[:, order])
-    np.testing.assert_array_equal(velocity, default)
+    assert tiny.relative(velocity, default) <= 1e-6
     assert tiny.relative(permuted, velocity) <= 1e-6
     assert tiny.relative(other, features[:, :, order]) <= 1e-6
     assert tiny.relative(moved, velocity) > 1e-4, "without their positions the order matters"
 
 
 def test_bfloat16_is_close_to_float32():
-    config = dataclasses.replace(tiny.DIT, width=96, num_layers=12, num_heads=2, ffn_width=192)
-    params = tiny.params(ModelConfig(dit=config, alignment=tiny.MODEL.alignment))
+    config = dataclasses.replace(tiny.DIT, width=96, num_layers=30, num_heads=2, ffn_width=192)
+    params = tiny.params(ModelConfig(dit=config, alignment=tiny.MODEL.alignment), spread=0.02)
     batch = tiny.batch([3])
     inputs = (params, batch.video_latents, jnp.array([500.0]), batch.text, batch.reference_latents)
     exact, _ = forward(*inputs, config=config)
@@ -186,7 +186,7 @@ def test_impossible_sizes_are_refused_in_a_sentence(change, sentence):
 
 
 def test_more_aligned_blocks_than_blocks_are_refused():
-    with pytest.raises(ValueError, match="more than DiTConfig.num_layers=3"):
+    with pytest.raises(ValueError, match=r"more than DiTConfig\.num_layers=3"):
         ModelConfig(dit=tiny.DIT, alignment=AlignmentConfig(num_blocks=4))
 
 

@@ -1,0 +1,40 @@
+# Every target makes .venv and installs what it needs; Python 3.11 or newer: `make test PYTHON=python3.12`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: install test lint format parity clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/.parity: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[parity]'
+	touch $@
+
+# All tests but those against other frameworks' live models.
+test: $(VENV)/.installed
+	$(BIN)/pytest -n 2 --ignore tests/parity
+
+# Against torch, diffusers and transformers.
+parity: $(VENV)/.parity
+	$(BIN)/pytest tests/parity
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,85 @@
+"""Memory of the alignment loss against the plain formulation over one matrix of all reference tokens.
+
+python tools/benchmark_alignment.py
+"""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refalign_jax.alignment import alignment_loss, alignment_terms, init_projectors, project
+from refalign_jax.command import run
+from refalign_jax.config import AlignmentConfig
+from refalign_jax.types import Array, Float, Params
+
+
+def plain_loss(
+    projectors: Params, features: Float[Array, "A 1 R P D"], targets: Float[Array, "1 R P E"], config: AlignmentConfig
+) -> Float[Array, ""]:
+    """The published formulation: all tokens against all tokens, other subjects picked from the (R·P)² matrix."""
+    R, P, E = targets.shape[1:]
+    subject = jnp.repeat(jnp.arange(R), P)
+    other = subject[:, None] != subject[None, :]
+    f = targets.reshape(R * P, E)
+    f = f / jnp.linalg.norm(f, axis=-1, keepdims=True)
+    total = jnp.zeros(())
+    for block in range(features.shape[0]):
+        params = jax.tree.map(lambda x, i=block: x[i], projectors)
+        s = project(params, features[block], (P, 1), config).reshape(R * P, -1)
+        s = s / jnp.linalg.norm(s, axis=-1, keepdims=True)
+        cosine = jnp.matmul(s, f.T, precision="highest")
+        pull = jnp.mean(jax.nn.relu(1 - jnp.diagonal(cosine) - config.pull_margin))
+        push = jnp.sum(jax.nn.relu(config.push_margin - 1 + cosine) * other) / jnp.sum(other)
+        total += config.pull_weight * pull + config.push_weight * push
+    return total / features.shape[0]
+
+
+def main(
+    *, references: int = 3, tokens: int = 1560, width: int = 1536, vfm_width: int = 1024, num_blocks: int = 9
+) -> None:
+    """Compiles value and gradient of both, prints their temporary memory, runs them and compares.
+
+    Args:
+      references: R.
+      tokens: P, of one reference.
+      width: D, of the transformer.
+      vfm_width: E.
+      num_blocks: A.
+    """
+    config = AlignmentConfig(num_blocks=num_blocks, vfm_width=vfm_width)
+    projectors = init_projectors(config, width, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    features = jnp.asarray(rng.standard_normal((num_blocks, 1, references, tokens, width)), jnp.float32)
+    targets = jnp.asarray(rng.standard_normal((1, references, tokens, vfm_width)), jnp.float32)
+
+    def ours(projectors: Params, features: Array, targets: Array) -> Array:
+        ids, counts = jnp.arange(references)[None], jnp.full((1,), references)
+        terms = alignment_terms(projectors, features, targets, ids, counts, (tokens, 1), config)
+        return alignment_loss(*terms, config)[0]
+
+    results = {}
+
+    def plain(projectors: Params, features: Array, targets: Array) -> Array:
+        return plain_loss(projectors, features, targets, config)
+
+    for name, loss in (("ours", ours), ("plain", plain)):
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(projectors, features, targets).compile()
+        analysis: Any = compiled.memory_analysis()
+        temporary = analysis.temp_size_in_bytes
+        started = time.perf_counter()
+        value, gradient = jax.block_until_ready(compiled(projectors, features, targets))
+        seconds = time.perf_counter() - started
+        results[name] = (temporary, gradient)
+        print(f"{name}: {temporary / 2**20:,.0f} MiB temporary, loss {value:.7f}, {seconds:.1f} s")
+    (ours_bytes, a), (plain_bytes, b) = results["ours"], results["plain"]
+    errors = [
+        float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+    ]
+    print(f"memory ratio 1/{plain_bytes / ours_bytes:.1f}; gradients differ by at most {max(errors):.1e} (relative)")
+
+
+if __name__ == "__main__":
+    run(main)
