@@ -115,8 +115,9 @@ class DCTCodec:
             raise ValueError(f"Videos of {T} frames of {h}x{w} pixels; give {GROUP}k+1 frames, sides multiples of {s}.")
 
         def transform(frames: np.ndarray, t: int) -> np.ndarray:
-            blocks = frames.reshape(B, -1, t, h // s, s, w // s, s, 3).transpose(0, 1, 3, 5, 2, 4, 6, 7)
-            return blocks.reshape(*blocks.shape[:4], -1) @ self._bases[t].T
+            blocks = frames.reshape(B, frames.shape[1] // t, t, h // s, s, w // s, s, 3)
+            blocks = blocks.transpose(0, 1, 3, 5, 2, 4, 6, 7)
+            return blocks.reshape(*blocks.shape[:4], t * s * s * 3) @ self._bases[t].T
 
         videos = videos.astype(np.float32)
         return np.concatenate([transform(videos[:, :1], 1), transform(videos[:, 1:], GROUP)], axis=1)
@@ -129,8 +130,9 @@ class DCTCodec:
             raise ValueError(f"Latents have {channels} channels; this DCT codec has {self.channels}.")
 
         def transform(cells: np.ndarray, t: int) -> np.ndarray:
-            blocks = (cells @ self._inverses[t]).reshape(B, -1, H, W, t, s, s, 3)
-            return blocks.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(B, -1, H * s, W * s, 3)
+            frames = cells.shape[1]
+            blocks = (cells @ self._inverses[t]).reshape(B, frames, H, W, t, s, s, 3)
+            return blocks.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(B, frames * t, H * s, W * s, 3)
 
         latents = latents.astype(np.float32)
         return np.concatenate([transform(latents[:, :1], 1), transform(latents[:, 1:], GROUP)], axis=1)

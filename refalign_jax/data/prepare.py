@@ -1,0 +1,410 @@
+"""Records to prepared examples: decode, crop, cut out references, encode, once; training reads the result alone.
+
+Reading runs ahead in threads, the encoders run here. Everything random about a record comes from its id and the seed,
+so the same records give the same examples in any order and after any interruption. A run that is started again passes
+over the records that lie in finished shards and tries again those that were left out. Each record left out is told in
+skipped.jsonl.
+
+Several processes may share the work: part i of n takes each n-th record into a dataset of its own in a folder beside
+the others, and whichever part is ready last writes the manifest that makes them one dataset.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from refalign_jax.data.clips import choose_frames, resize_and_crop
+from refalign_jax.data.encoders import (
+    ComputeDtype,
+    FeatureEncoder,
+    TextEncoder,
+    VideoCodec,
+    open_feature_encoder,
+    open_text_encoder,
+    open_video_codec,
+)
+from refalign_jax.data.example import Example, Storage
+from refalign_jax.data.records import Record, Reference, Skipped, subject_ids
+from refalign_jax.data.references import AugmentConfig, prepare_reference
+from refalign_jax.data.shards import MANIFEST, Manifest, ShardWriter, read_manifest
+from refalign_jax.data.video import cut_out, probe, read_frames, read_image, read_mask, to_float
+from refalign_jax.metrics import about
+
+SKIPPED = "skipped.jsonl"
+UNREADABLE_VIDEO = "the video can't be read"
+UNREADABLE_REFERENCE = "a reference can't be read"
+NOT_FINITE = "the encoders gave NaN or infinity"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """How clips become examples. The three encoders must be chosen; the stand-ins need no weights."""
+
+    vae: str
+    """`dct`, or the file or folder of Wan2.1's VAE."""
+    text_encoder: str
+    """`words`, or the folder of UMT5 and its tokenizer."""
+    vfm: str
+    """`daisy`, or the folder of DINOv3."""
+    height: int = 480
+    """Rows of videos and references, pixels."""
+    width: int = 832
+    """Columns of videos and references, pixels."""
+    num_frames: int = 81
+    """Frames of a clip, 4k+1."""
+    stride: int = 1
+    """Frames of the video from one frame of the clip to the next."""
+    max_references: int = 3
+    """References of a record that are used, the first ones."""
+    seed: int = 0
+    """Of starts and alterations."""
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    """How references cut from the clip itself are altered."""
+    storage: Storage = dataclasses.field(default_factory=Storage)
+    """dtype of each field on disk."""
+    examples_per_shard: int = 32
+    """Examples a file; those of an unfinished file are made again after an interruption."""
+    part: tuple[int, int] = (1, 1)
+    """Which part of how many this process prepares, such as 2 8."""
+    workers: int = 2
+    """Threads that read videos and images."""
+    batch_size: int = 1
+    """Records encoded together; with several devices a multiple of their number."""
+    compute_dtype: ComputeDtype = "bfloat16"
+    """Of the networks' matrix products."""
+    tile: int = 0
+    """Side in pixels of the tiles in which the VAE works, to save memory; 0 for whole frames."""
+    dct_stride: int = 8
+    """Pixels a latent cell spans in the codec `dct`, 4 or 8."""
+    dct_channels: int = 16
+    """Latent channels of the codec `dct`."""
+    word_width: int = 256
+    """Width of the embeddings of `words`."""
+
+    def __post_init__(self) -> None:
+        least = {"height": 1, "width": 1, "num_frames": 1, "stride": 1, "max_references": 0, "seed": 0}
+        least |= {"examples_per_shard": 1, "workers": 1, "batch_size": 1, "tile": 0}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}.")
+        if self.num_frames % 4 != 1:
+            raise ValueError(
+                f"num_frames is {self.num_frames}; it must be 4k+1, such as {self.num_frames // 4 * 4 + 1}."
+            )
+        index, parts = self.part
+        if not 1 <= index <= parts:
+            raise ValueError(f"part is {index} {parts}; it must be two numbers, the first from 1 to the second.")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides an example's content beside the encoders, as JSON has it."""
+        names = ("height", "width", "num_frames", "stride", "max_references", "seed", "augment", "part")
+        return json.loads(json.dumps({name: dataclasses.asdict(self)[name] for name in names}))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoders:
+    """The three of them."""
+
+    video: VideoCodec
+    text: TextEncoder
+    vfm: FeatureEncoder
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """What the manifest says of them."""
+        return {"video": self.video.describe(), "text": self.text.describe(), "vfm": self.vfm.describe()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Clip:
+    """A record's pixels, ready to be encoded."""
+
+    record: Record
+    video: UInt8[np.ndarray, "T h w 3"]
+    references: UInt8[np.ndarray, "R h w 3"]
+    subject_ids: np.ndarray
+    """int32 [R]."""
+    metadata: Mapping[str, Any]
+
+
+def open_encoders(config: PrepareConfig) -> Encoders:
+    """Opens the encoders that are chosen and checks that they fit each other and the size.
+
+    Raises:
+      ValueError: they don't, or a choice can't be opened.
+    """
+    runs: Any = {"compute_dtype": config.compute_dtype, "batch_size": config.batch_size}
+    video = open_video_codec(
+        config.vae, dct_stride=config.dct_stride, dct_channels=config.dct_channels, tile=config.tile, **runs
+    )
+    patch = 2 * video.stride
+    if config.height % patch or config.width % patch:
+        raise ValueError(
+            f"The size is {config.height}x{config.width}; with the codec's stride {video.stride} and the DiT's 2x2 "
+            f"patches both must be multiples of {patch}."
+        )
+    vfm = open_feature_encoder(config.vfm, patch_size=patch, **runs)
+    if vfm.patch_size != patch:
+        raise ValueError(
+            f"The VFM's patches are {vfm.patch_size} pixels, the codec's stride {video.stride}; its tokens meet the "
+            f"DiT's only with patches of {patch} pixels."
+        )
+    return Encoders(
+        video=video, text=open_text_encoder(config.text_encoder, word_width=config.word_width, **runs), vfm=vfm
+    )
+
+
+def load(record: Record, config: PrepareConfig) -> Clip | Skipped:
+    """Reads a record's pixels: the clip at its size, and the references on white."""
+    digest = hashlib.sha256(record.id.encode()).digest()
+    rng = np.random.default_rng([config.seed, *np.frombuffer(digest, np.uint32).tolist()])
+    try:
+        info = probe(record.video)
+        first, end = record.frames or (0, info.num_frames)
+        available = min(end, info.num_frames) - first
+        chosen = choose_frames(available, config.num_frames, config.stride, rng)
+        if chosen is None:
+            detail = f"{record.video} has {max(available, 0)} frames of the clip; {config.num_frames} are needed."
+            return Skipped(id=record.id, reason=f"fewer than {config.num_frames} frames", detail=detail)
+        video = read_frames(record.video, chosen + first, record.crop)
+    except ValueError as error:
+        return Skipped(id=record.id, reason=UNREADABLE_VIDEO, detail=str(error))
+    used = record.references[: config.max_references]
+    try:
+        references = [_load_reference(reference, config, rng) for reference in used]
+    except ValueError as error:
+        return Skipped(id=record.id, reason=UNREADABLE_REFERENCE, detail=str(error))
+    size = (config.height, config.width)
+    return Clip(
+        record=record,
+        video=resize_and_crop(video, *size),
+        references=np.stack(references) if references else np.empty((0, *size, 3), np.uint8),
+        subject_ids=subject_ids(used),
+        metadata={
+            **record.metadata,
+            "fps": info.fps / config.stride,
+            "frames": (chosen + first).tolist(),
+            "subjects": [reference.subject for reference in used],
+        },
+    )
+
+
+def _load_reference(
+    reference: Reference, config: PrepareConfig, rng: np.random.Generator
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Reads one reference and puts it on white."""
+    path, frame, mask = reference.path, reference.frame, reference.mask
+    image = read_image(path) if frame is None else read_frames(path, [frame])[0]
+    image = cut_out(image, reference.crop, str(path))
+    return prepare_reference(
+        image,
+        config.height,
+        config.width,
+        mask=mask if mask is None or isinstance(mask, np.ndarray) else read_mask(mask),
+        box=reference.box,
+        augment=config.augment if reference.own_clip else None,
+        rng=rng,
+        what=str(path),
+    )
+
+
+def encode(clips: Sequence[Clip], encoders: Encoders) -> list[Example]:
+    """Encodes clips together; `ValueError` where the encoders' outputs don't fit each other."""
+    counts = [len(clip.references) for clip in clips]
+    ends = np.cumsum(counts)[:-1]
+    videos = encoders.video.encode(np.stack([to_float(clip.video) for clip in clips]))
+    texts = encoders.text.encode([clip.record.prompt for clip in clips])
+    images = np.concatenate([to_float(clip.references) for clip in clips])
+    _, _, H, W, C = videos.shape
+    if len(images):
+        latents = encoders.video.encode(images[:, None])[:, 0]
+        features = encoders.vfm.encode(images)
+    else:
+        latents = np.empty((0, H, W, C), np.float32)
+        features = np.empty((0, H // 2, W // 2, encoders.vfm.width), np.float32)
+    features = features.reshape(len(images), -1, encoders.vfm.width)
+    parts = zip(clips, videos, texts, np.split(latents, ends), np.split(features, ends), strict=True)
+    return [
+        Example(
+            id=clip.record.id,
+            prompt=clip.record.prompt,
+            video_latents=video,
+            reference_latents=reference_latents,
+            subject_ids=clip.subject_ids,
+            text=text,
+            vfm_features=vfm_features,
+            metadata=clip.metadata,
+        )
+        for clip, video, text, reference_latents, vfm_features in parts
+    ]
+
+
+def prepare(
+    records: Sequence[Record | Skipped],
+    folder: str | os.PathLike[str],
+    config: PrepareConfig,
+    source: Mapping[str, Any],
+) -> str:
+    """Prepares records into a dataset, going on where an earlier run stopped.
+
+    Args:
+      records: of a source; `Skipped` where the source left a clip out.
+      folder: the dataset's, local or `gs://`.
+      config: how.
+      source: what the manifest says of the source.
+
+    Returns:
+      A sentence with the counts.
+
+    Raises:
+      ValueError: the folder was begun with other settings, encoders don't fit, or no record became an example.
+      OSError: the folder can't be written; finished shards are kept.
+    """
+    index, parts = config.part
+    whole = epath.Path(folder)
+    place = whole / f"part-{index:05d}-of-{parts:05d}" if parts > 1 else whole
+    _check_settings(place, config)
+    encoders = open_encoders(config)
+    (empty,) = encoders.text.encode([""])
+    made = about()
+    made["versions"] |= {name: importlib.metadata.version(name) for name in ("av", "pillow", "scikit-image")}
+    made |= {"source": dict(source), "settings": config.settings, "encoders": encoders.describe()}
+    made["empty_text"] = [[float(f"{value:.9g}") for value in row] for row in empty.tolist()]
+    skipped: list[Skipped] = []
+    with ShardWriter(place, storage=config.storage, made=made, examples_per_shard=config.examples_per_shard) as writer:
+        done = writer.done
+        mine = records[index - 1 :: parts]
+        todo = [record for record in mine if record.id not in done]
+        try:
+            with tqdm(total=len(mine), initial=len(mine) - len(todo), unit="record", desc="prepare") as bar:
+                for example in _examples(todo, config, encoders, skipped, bar):
+                    writer.add(example)
+            left = len(todo) - len(skipped)
+            if not left and not done and parts == 1:
+                raise ValueError(_nothing_left(skipped, place))
+        finally:
+            lines = [json.dumps(dataclasses.asdict(entry), ensure_ascii=False) for entry in skipped]
+            (place / SKIPPED).write_text("".join(f"{line}\n" for line in lines))
+    joined = _join(whole, parts) if parts > 1 else ""
+    return f"{len(done) + left} examples are in {place}, {left} of them new; {_counts(skipped)}.{joined}"
+
+
+def _examples(
+    todo: Sequence[Record | Skipped], config: PrepareConfig, encoders: Encoders, skipped: list[Skipped], bar: tqdm
+) -> Iterator[Example]:
+    """Yields the examples of records in their order; those left out go to `skipped`."""
+
+    def encoded(clips: list[Clip]) -> Iterator[Example]:
+        for example in encode(clips, encoders):
+            values = (example.video_latents, example.reference_latents, example.text, example.vfm_features)
+            if all(np.isfinite(array).all() for array in values):
+                yield example
+            else:
+                skipped.append(Skipped(id=example.id, reason=NOT_FINITE))
+            bar.update()
+
+    clips: list[Clip] = []
+    for loaded in _read_ahead(todo, config):
+        if isinstance(loaded, Skipped):
+            skipped.append(loaded)
+            bar.update()
+        else:
+            clips.append(loaded)
+        bar.set_postfix(skipped=len(skipped), refresh=False)
+        if len(clips) == config.batch_size:
+            yield from encoded(clips)
+            clips = []
+    if clips:
+        yield from encoded(clips)
+
+
+def _read_ahead(todo: Sequence[Record | Skipped], config: PrepareConfig) -> Iterator[Clip | Skipped]:
+    """Reads records in threads, a few ahead, and yields them in order."""
+    pool = ThreadPoolExecutor(config.workers)
+    waiting: collections.deque[Future[Clip | Skipped]] = collections.deque()
+    try:
+        for record in todo:
+            if len(waiting) >= config.workers + 1:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(lambda r: r if isinstance(r, Skipped) else load(r, config), record))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_settings(folder: epath.Path, config: PrepareConfig) -> None:
+    """Raises ValueError where the folder holds a dataset of other settings."""
+    if not (folder / MANIFEST).exists():
+        return
+    found = read_manifest(folder).made.get("settings", {})
+    for name, value in config.settings.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{folder} was begun with {name}={found.get(name)}, not {value}; give the same, or name another folder."
+            )
+
+
+def _counts(skipped: Sequence[Skipped]) -> str:
+    """How many were left out for which reason, the most frequent first."""
+    if not skipped:
+        return "none was left out"
+    reasons = collections.Counter(entry.reason for entry in skipped).most_common()
+    return f"{len(skipped)} left out ({', '.join(f'{count} {reason}' for reason, count in reasons)}; see {SKIPPED})"
+
+
+def _nothing_left(skipped: Sequence[Skipped], folder: epath.Path) -> str:
+    """The sentence that no record became an example."""
+    first = f" The first: {skipped[0].detail}" if skipped and skipped[0].detail else ""
+    return f"No record became an example in {folder}: {_counts(skipped)}.{first}"
+
+
+def _join(folder: epath.Path, parts: int) -> str:
+    """Writes the manifest that makes finished parts one dataset; says what is missing otherwise.
+
+    Raises:
+      ValueError: the parts were made differently, or hold no example together.
+      OSError: the manifest can't be written.
+    """
+    names = [f"part-{index:05d}-of-{parts:05d}" for index in range(1, parts + 1)]
+    begun = [name for name in names if (folder / name / MANIFEST).exists()]
+    manifests = {name: read_manifest(folder / name) for name in begun}
+    missing = [name for name in names if name not in manifests or not manifests[name].complete]
+    if missing:
+        return f" {len(missing)} of {parts} parts are missing: {', '.join(missing[:4])}."
+    filled = {name: manifest for name, manifest in manifests.items() if manifest.num_examples}
+    if not filled:
+        raise ValueError(f"No record became an example in {folder}; see {SKIPPED} in its {parts} parts.")
+
+    def kind(manifest: Manifest) -> Any:
+        settings = {**manifest.made["settings"], "part": None}
+        shape = (manifest.video_latents, manifest.text_width, manifest.vfm_width, manifest.storage)
+        return shape, settings, manifest.made["encoders"]
+
+    first_name, first = next(iter(filled.items()))
+    for name, manifest in filled.items():
+        if kind(manifest) != kind(first):
+            raise ValueError(f"{folder / name} and {first_name} were made with different settings; prepare one again.")
+    shards = [
+        dataclasses.replace(shard, name=f"{name}/{shard.name}")
+        for name, manifest in filled.items()
+        for shard in manifest.shards
+    ]
+    whole = dataclasses.replace(first, shards=tuple(shards))
+    partial = folder / f"{MANIFEST}.{os.getpid()}.partial"
+    partial.write_text(whole.to_json())
+    partial.replace(folder / MANIFEST)
+    return f" All {parts} parts are ready: {whole.num_examples} examples in {folder}."
