@@ -7,6 +7,7 @@ from pathlib import Path
 
 from refalign_jax.config import DType
 from refalign_jax.verify.dit import DiTCheck
+from refalign_jax.verify.encoders import FILES, EncodersCheck
 from refalign_jax.verify.report import Profile, Report
 
 
@@ -29,7 +30,10 @@ def verify(folder: Path, profile: Profile = "float32") -> Report:
         raise ValueError(f"{folder / 'config.json'} is not JSON: {error}.") from error
     compute_dtype: DType = "float32" if profile == "float32" else "bfloat16"
     report = Report(profile)
-    if not (folder / "weights.safetensors").is_file():
-        raise ValueError(f"{folder} lacks weights.safetensors.")
-    DiTCheck(folder, config, compute_dtype, report).run()
+    if (folder / "weights.safetensors").is_file():
+        DiTCheck(folder, config, compute_dtype, report).run()
+    elif any((folder / name).is_file() for name in FILES):
+        EncodersCheck(folder, config, compute_dtype, report).run()
+    else:
+        raise ValueError(f"{folder} lacks weights.safetensors (of a transformer) and {', '.join(FILES)} (of encoders).")
     return report
