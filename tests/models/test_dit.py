@@ -14,7 +14,7 @@ from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig, wan_1_3
 from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.table import count, published_shapes
 from refalign_jax.models.dit import DiT, patchify, unpatchify
-from refalign_jax.objective import objective, sample_terms
+from refalign_jax.objective import sample_terms
 from refalign_jax.params import model_shapes
 
 TIMES = jnp.array([300, 40, 800])
@@ -26,11 +26,15 @@ def forward(params, latents, t, text, references=None, counts=None, positions=No
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def terms_and_gradient(params, batch, noise, index, config=tiny.MODEL):
-    (_, terms), gradient = jax.value_and_grad(objective, has_aux=True)(
-        params, batch, noise, index, jnp.int32(0), config
-    )
-    return terms, gradient
+def all_of_it(params, batch, noise, index, config=tiny.MODEL):
+    """Velocity, terms and gradient in one program."""
+
+    def loss(params):
+        terms, out = sample_terms(params, batch, noise, index, jnp.int32(0), config)
+        return jnp.mean(terms.loss), (terms, out.velocity)
+
+    (_, (terms, velocity)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return velocity, terms, gradient
 
 
 def take(batch, i, count):
@@ -46,14 +50,12 @@ def take(batch, i, count):
 def test_a_mixed_batch_equals_its_samples_one_by_one():
     params, batch = tiny.params(), tiny.batch([1, 2, 3])
     noise = jax.random.normal(jax.random.key(7), batch.video_latents.shape)
-    velocity = jax.jit(lambda *x: sample_terms(*x, jnp.int32(0), tiny.MODEL)[1].velocity)
-    together = velocity(params, batch, noise, TIMES)
-    terms, gradient = terms_and_gradient(params, batch, noise, TIMES)
+    together, terms, gradient = all_of_it(params, batch, noise, TIMES)
     summed = None
     for i in range(3):
         alone, index = take(batch, i, i + 1), TIMES[i : i + 1]
-        assert tiny.relative(velocity(params, alone, noise[i : i + 1], index), together[i : i + 1]) <= 1e-6
-        single, g = terms_and_gradient(params, alone, noise[i : i + 1], index)
+        velocity, single, g = all_of_it(params, alone, noise[i : i + 1], index)
+        assert tiny.relative(velocity, together[i : i + 1]) <= 1e-6
         for name in ("flow", "pull", "push", "loss"):
             ours, theirs = float(getattr(terms, name)[i]), float(getattr(single, name)[0])
             assert abs(ours - theirs) <= 1e-6 * max(abs(theirs), 1e-3), name
@@ -72,8 +74,8 @@ def test_the_content_of_padding_changes_nothing_to_the_bit():
         subject_ids=jnp.where(padding[..., 0, 0], 0, batch.subject_ids),
     )
     for a, b in zip(
-        jax.tree.leaves(terms_and_gradient(params, batch, noise, TIMES)),
-        jax.tree.leaves(terms_and_gradient(params, other, noise, TIMES)),
+        jax.tree.leaves(all_of_it(params, batch, noise, TIMES)),
+        jax.tree.leaves(all_of_it(params, other, noise, TIMES)),
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
@@ -121,8 +123,8 @@ def test_remat_changes_no_gradient(remat):
     batch = tiny.batch([2])
     noise = jax.random.normal(jax.random.key(7), batch.video_latents.shape)
     config = dataclasses.replace(tiny.MODEL, dit=dataclasses.replace(tiny.DIT, remat=remat))
-    plain = terms_and_gradient(tiny.params(), batch, noise, TIMES[:1])
-    other = terms_and_gradient(tiny.params(), batch, noise, TIMES[:1], config)
+    plain = all_of_it(tiny.params(), batch, noise, TIMES[:1])
+    other = all_of_it(tiny.params(), batch, noise, TIMES[:1], config)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
