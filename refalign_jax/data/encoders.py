@@ -10,7 +10,6 @@ size so that it compiles once a shape.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -188,6 +187,10 @@ def open_feature_encoder(
     return DINOv3(_located(choice, "--vfm", "daisy"), compute_dtype, batch_size)
 
 
+_vae_encode = jax.jit(vae.encode, static_argnames=("config", "tiling"))
+_vae_decode = jax.jit(vae.decode, static_argnames=("config", "tiling"))
+
+
 class WanVAE:
     """Wan2.1's VAE as a `VideoCodec`.
 
@@ -205,8 +208,6 @@ class WanVAE:
         shapes = jax.eval_shape(lambda: vae.init(jax.random.key(0), self._config))
         self._params = _replicate(to_ours(vae_table(self._config, names), shapes, opened))
         self._batch_size, self._path = batch_size, path
-        self._encode = jax.jit(functools.partial(vae.encode, config=self._config, tiling=self._tiling))
-        self._decode = jax.jit(functools.partial(vae.decode, config=self._config, tiling=self._tiling))
 
     def describe(self) -> dict[str, Any]:
         """Returns what makes this codec again."""
@@ -220,11 +221,15 @@ class WanVAE:
 
     def encode(self, videos: Float[np.ndarray, "B T h w 3"]) -> Float[np.ndarray, "B F H W C"]:
         """Encodes as `VideoCodec.encode` says."""
-        return _in_batches(lambda x: self._encode(self._params, x), videos, self._batch_size)
+        return _in_batches(
+            lambda x: _vae_encode(self._params, x, config=self._config, tiling=self._tiling), videos, self._batch_size
+        )
 
     def decode(self, latents: Float[np.ndarray, "B F H W C"]) -> Float[np.ndarray, "B T h w 3"]:
         """Decodes as `VideoCodec.decode` says."""
-        return _in_batches(lambda z: self._decode(self._params, z), latents, self._batch_size)
+        return _in_batches(
+            lambda z: _vae_decode(self._params, z, config=self._config, tiling=self._tiling), latents, self._batch_size
+        )
 
 
 class UMT5:
@@ -394,7 +399,7 @@ def _tokenizer_folder(path: Path) -> Path:
 
 
 def _mesh() -> jax.sharding.Mesh:
-    return jax.make_mesh((jax.local_device_count(),), ("batch",), devices=jax.local_devices())
+    return jax.sharding.Mesh(np.array(jax.local_devices()), ("batch",))
 
 
 def _replicate(params: Params) -> Params:

@@ -235,7 +235,7 @@ def encode(clips: Sequence[Clip], encoders: Encoders) -> list[Example]:
     else:
         latents = np.empty((0, H, W, C), np.float32)
         features = np.empty((0, H // 2, W // 2, encoders.vfm.width), np.float32)
-    features = features.reshape(len(images), -1, encoders.vfm.width)
+    features = features.reshape(len(images), H // 2 * (W // 2), encoders.vfm.width)
     parts = zip(clips, videos, texts, np.split(latents, ends), np.split(features, ends), strict=True)
     return [
         Example(

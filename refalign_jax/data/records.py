@@ -94,7 +94,7 @@ def read_jsonl(path: str | Path) -> list[Record]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` would also cut at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} can't be read as UTF-8 text: {getattr(error, 'strerror', None) or error}.") from error
     records: dict[str, Record] = {}

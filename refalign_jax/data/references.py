@@ -107,7 +107,7 @@ def prepare_reference(
     cut = np.where(inside[..., None], cut, np.uint8(255))
     scale = min(height / cut.shape[0], width / cut.shape[1])
     size = (max(round(cut.shape[1] * scale), 1), max(round(cut.shape[0] * scale), 1))
-    fitted = Image.fromarray(cut).resize(size, Image.Resampling.LANCZOS)
+    fitted = Image.fromarray(cut).resize(size, Image.Resampling.BICUBIC)  # Lanczos would ring into the white
     canvas = Image.new("RGB", (width, height), (255, 255, 255))
     if augment is None:
         canvas.paste(fitted, ((width - size[0]) // 2, (height - size[1]) // 2))

@@ -23,6 +23,10 @@ Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom are the first that lie outside."""
 
 
+_UNBIASED = 2 | 0x2000 | 0x40000
+"""FFmpeg's SWS_BILINEAR, SWS_FULL_CHR_H_INT and SWS_ACCURATE_RND: its fast path to RGB is a level too dark."""
+
+
 def to_float(pixels: UInt8[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
     """Turns pixels in [0, 255] into float32 in [-1, 1]."""
     return pixels.astype(np.float32) / np.float32(127.5) - 1
@@ -85,12 +89,14 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     """Counts a video's frames by reading its packets, because containers are often wrong about their number.
 
     Raises:
-      ValueError: no such file, or not a video.
+      ValueError: no such file, not a video, or one whose end is missing.
     """
     with _opened(path) as (container, stream):
-        rate = stream.average_rate
-        frames = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
-    return VideoInfo(num_frames=frames, fps=float(rate) if rate else 0.0)
+        rate, promised = stream.average_rate, stream.frames
+        shown = [not packet.is_discard for packet in container.demux(stream) if packet.size and not packet.is_corrupt]
+    if len(shown) < promised:
+        raise ValueError(f"{path} is truncated: {len(shown)} of {promised} frames are there.")
+    return VideoInfo(num_frames=sum(shown), fps=float(rate) if rate else 0.0)
 
 
 def read_frames(
@@ -121,7 +127,8 @@ def read_frames(
             if frame.is_corrupt:
                 raise ValueError(f"{path} is damaged at frame {count - 1}.")
             if count - 1 in wanted:
-                upright = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                pixels = frame.to_ndarray(format="rgb24", interpolation=_UNBIASED)
+                upright = np.rot90(pixels, round(frame.rotation / 90))
                 kept[count - 1] = cut_out(upright, crop, str(path))
             if count > max(wanted):
                 break

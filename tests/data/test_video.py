@@ -1,0 +1,196 @@
+"""Files to pixels and back, and every way in which files are not what they should be."""
+
+import re
+
+import av
+import numpy as np
+import pytest
+from footage import panned, photograph
+from PIL import Image
+
+from refalign_jax.data.video import cut_out, probe, read_frames, read_image, read_mask, to_float, to_pixels, write_video
+
+
+@pytest.fixture
+def clip(tmp_path):
+    write_video(tmp_path / "clip.mp4", panned("cat"), fps=12.5)
+    return tmp_path / "clip.mp4"
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2))
+
+
+def test_pixels_become_floats_and_come_back():
+    pixels = np.arange(256, dtype=np.uint8).reshape(-1, 1).repeat(3, 1)
+    values = to_float(pixels)
+    assert values.dtype == np.float32
+    assert (values.min(), values.max()) == (-1, 1)
+    np.testing.assert_array_equal(to_pixels(values), pixels)
+    np.testing.assert_array_equal(to_pixels(np.array([[-3.0, 0.0, 3.0]])), [[0, 128, 255]])
+
+
+def test_video_comes_back(clip):
+    info = probe(clip)
+    assert (info.num_frames, info.fps) == (12, 12.5)
+    frames = read_frames(clip, range(12))
+    assert frames.dtype == np.uint8
+    assert psnr(frames, panned("cat")) > 35
+    for channel in range(3):  # a wrong colour matrix would shift one of them
+        assert abs(frames[..., channel].mean() - panned("cat")[..., channel].mean()) < 1
+
+
+def test_frames_are_chosen_in_any_order_and_cropped(clip):
+    frames = read_frames(clip, range(12))
+    np.testing.assert_array_equal(read_frames(clip, [7, 2, 7]), frames[[7, 2, 7]])
+    np.testing.assert_array_equal(read_frames(clip, [3], crop=(10, 4, 50, 60))[0], frames[3, 4:60, 10:50])
+
+
+def test_same_frames_give_the_same_bytes_and_replace_the_file(clip, tmp_path):
+    write_video(tmp_path / "again.mp4", panned("cat"), fps=12.5)
+    assert (tmp_path / "again.mp4").read_bytes() == clip.read_bytes()
+    write_video(clip, panned("cat", 3), fps=12.5)
+    assert probe(clip).num_frames == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again.mp4", "clip.mp4"]
+
+
+def remux(source, target, change):
+    """Copies the packets into a file whose stream `change` alters."""
+    with av.open(str(source)) as given, av.open(str(target), "w") as container:
+        stream = container.add_stream_from_template(given.streams.video[0])
+        change(stream)
+        for packet in given.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                container.mux(packet)
+
+
+@pytest.mark.parametrize("angle", [90, 180, -90])
+def test_rotated_video_is_turned_upright(clip, tmp_path, angle):
+    if not hasattr(av.VideoStream, "set_display_rotation"):
+        pytest.skip("this PyAV can't write a rotation")
+    remux(clip, tmp_path / "turned.mp4", lambda stream: stream.set_display_rotation(angle))
+    expected = np.rot90(read_frames(clip, [5])[0], angle // 90)
+    np.testing.assert_array_equal(read_frames(tmp_path / "turned.mp4", [5])[0], expected)
+
+
+def test_metadata_that_is_not_utf8_does_no_harm(clip):
+    data = clip.read_bytes()
+    assert b"VideoHandler" in data
+    clip.write_bytes(data.replace(b"VideoHandler", b"\xce\xe1\xf0\xe0\xe1\xee\xf2\xf7\xe8\xea\xe0\xe0"))
+    assert probe(clip).num_frames == 12
+    assert read_frames(clip, [11]).shape == (1, 64, 96, 3)
+
+
+def test_files_that_are_no_videos(tmp_path, clip):
+    (tmp_path / "text.mp4").write_text("not a video")
+    truncated = tmp_path / "truncated.mp4"
+    truncated.write_bytes(clip.read_bytes()[:2000])
+    with av.open(str(tmp_path / "sound.wav"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+    for name, message in [
+        ("none.mp4", r"none\.mp4 does not exist; expected a video"),
+        ("text.mp4", r"text\.mp4 can't be decoded: Invalid data found"),
+        ("sound.wav", r"sound\.wav has no video stream"),
+    ]:
+        for call in (probe, lambda path: read_frames(path, [0])):
+            with pytest.raises(ValueError, match=message):
+                call(tmp_path / name)
+    with pytest.raises(ValueError, match=r"truncated\.mp4 (can't be decoded|is damaged|ends after)"):
+        read_frames(truncated, range(12))
+    with pytest.raises(ValueError, match=r"truncated\.mp4 is truncated: \d of 12 frames are there\."):
+        probe(truncated)
+
+
+def test_damaged_frames_are_not_handed_out(clip):
+    data = bytearray(clip.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 400] = bytes(400)
+    clip.write_bytes(data)
+    with pytest.raises(ValueError, match=r"clip\.mp4 (can't be decoded|is damaged at frame|ends after)"):
+        read_frames(clip, range(12))
+
+
+def test_frames_and_crops_outside(clip):
+    with pytest.raises(ValueError, match=r"ends after 12 frames; frame 12 is asked for"):
+        read_frames(clip, [3, 12])
+    with pytest.raises(ValueError, match=r"right 97, bottom 64 does not fit .*clip\.mp4, 96x64"):
+        read_frames(clip, [0], crop=(0, 0, 97, 64))
+    with pytest.raises(ValueError, match="does not fit the image, 128x96"):
+        cut_out(photograph("cat"), (5, 5, 5, 9), "the image")
+
+
+@pytest.mark.parametrize(
+    ("frames", "fps", "message"),
+    [
+        (np.zeros((2, 5, 6, 3), np.uint8), 8, "5x6; H.264 wants even"),
+        (np.zeros((2, 4, 6, 3), np.float32), 8, "float32"),
+        (np.zeros((0, 4, 6, 3), np.uint8), 8, r"\(0, 4, 6, 3\)"),
+        (np.zeros((2, 4, 6, 3), np.uint8), 0, "fps is 0"),
+    ],
+)
+def test_frames_that_can_not_be_written(tmp_path, frames, fps, message):
+    with pytest.raises(ValueError, match=message):
+        write_video(tmp_path / "x.mp4", frames, fps)
+    assert not list(tmp_path.iterdir())
+
+
+def test_video_into_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(OSError, match=r"x\.mp4 can't be written: No such file"):
+        write_video(tmp_path / "no" / "x.mp4", panned("cat", 1), 8)
+
+
+def test_image_is_turned_by_its_exif(tmp_path):
+    image = Image.fromarray(photograph("cat"))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by 90 degrees
+    image.save(tmp_path / "cat.png", exif=exif)
+    np.testing.assert_array_equal(read_image(tmp_path / "cat.png"), np.rot90(photograph("cat"), -1))
+
+
+def test_images_of_every_mode(tmp_path):
+    grey = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
+    for mode in ("L", "P", "RGB", "CMYK"):
+        Image.fromarray(grey).convert(mode).save(tmp_path / f"{mode}.tif")
+        np.testing.assert_allclose(read_image(tmp_path / f"{mode}.tif"), grey[..., None].repeat(3, 2), atol=1)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "16.png")[..., 1], grey)
+    clear = np.concatenate([photograph("cat"), np.full((96, 128, 1), 255, np.uint8)], -1)
+    clear[:40, :, 3] = 0
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    read = read_image(tmp_path / "clear.png")
+    assert (read[:40] == 255).all()
+    np.testing.assert_array_equal(read[40:], photograph("cat")[40:])
+
+
+def test_masks_of_every_kind(tmp_path):
+    expected = np.zeros((20, 30), bool)
+    expected[4:10, 5:25] = True
+    bright = Image.fromarray((expected * 255).astype(np.uint8))
+    labels = Image.fromarray(expected.astype(np.uint8))
+    palette = labels.copy()
+    palette.putpalette([0, 0, 0, 128, 0, 0])
+    alpha = Image.new("RGBA", (30, 20), (255, 255, 255, 255))
+    alpha.putalpha(bright)
+    for name, image in {"bright": bright, "bits": Image.fromarray(expected), "labels": labels, "alpha": alpha}.items():
+        image.save(tmp_path / f"{name}.png")
+        np.testing.assert_array_equal(read_mask(tmp_path / f"{name}.png"), expected, err_msg=name)
+    palette.save(tmp_path / "palette.png")
+    np.testing.assert_array_equal(read_mask(tmp_path / "palette.png"), expected)
+    Image.new("L", (30, 20)).save(tmp_path / "black.png")
+    assert not read_mask(tmp_path / "black.png").any()
+
+
+def test_files_that_are_no_images(tmp_path):
+    Image.fromarray(photograph("cat")).save(tmp_path / "cat.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "cat.png").read_bytes()[:9000])
+    (tmp_path / "text.png").write_text("not an image")
+    for name, message in [("none", "does not exist"), ("text", "in a format that Pillow knows"), ("half", "truncated")]:
+        for read, what in ((read_image, "an image"), (read_mask, "a mask")):
+            with pytest.raises(ValueError, match=rf"{name}\.png .*{message}") as caught:
+                read(tmp_path / f"{name}.png")
+            assert what in str(caught.value)
+            assert re.fullmatch(r"[^\n]+\.", str(caught.value))
