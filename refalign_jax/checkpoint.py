@@ -33,6 +33,9 @@ PathLike = str | os.PathLike[str]
 ARRAYS = ("params", "ema", "optimizer")
 """Items that hold arrays; `ema` may be absent."""
 
+JSONS = ("config", "progress")
+"""Items that are JSON."""
+
 
 def save_params(path: PathLike, params: Params, config: ModelConfig) -> None:
     """Writes parameters and their configuration.
@@ -70,8 +73,18 @@ def load_params(path: PathLike, ema: bool = False) -> tuple[dict[str, Any], Mode
       ValueError: no such folder, no checkpoint in it, no moving average in it, or a file of it is missing.
     """
     folder, item = find_checkpoint(path, ema)
+    return read_arrays(folder, item), read_model(folder)
+
+
+def read_arrays(folder: PathLike, item: str) -> dict[str, Any]:
+    """One item of one checkpoint as numpy arrays of the dtype stored.
+
+    Raises:
+      ValueError: it is missing or damaged.
+    """
+    folder = _absolute(folder)
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _shapes(folder, item))
-    return _restore_item(folder, item, ocp.args.PyTreeRestore(restore_args=restore_args)), read_model(folder)
+    return _restore_item(folder, item, ocp.args.PyTreeRestore(restore_args=restore_args))
 
 
 def restore_params(path: PathLike, shapes: Params, ema: bool = False) -> dict[str, Any]:
@@ -124,9 +137,13 @@ def find_checkpoint(path: PathLike, ema: bool = False) -> tuple[epath.Path, str]
     return folder, item
 
 
-def read_config(path: PathLike) -> dict[str, Any]:
-    """The configuration in one checkpoint as nested dicts: a `ModelConfig`, or a run's `Config`."""
-    return _restore_item(_absolute(path), "config", ocp.args.JsonRestore())
+def read_json(folder: PathLike, item: str) -> dict[str, Any]:
+    """One item of one checkpoint that is JSON: `config` (a `ModelConfig`, or a run's `Config`) or `progress`.
+
+    Raises:
+      ValueError: it is missing or damaged.
+    """
+    return _restore_item(_absolute(folder), item, ocp.args.JsonRestore())
 
 
 def read_model(path: PathLike) -> ModelConfig:
@@ -135,7 +152,7 @@ def read_model(path: PathLike) -> ModelConfig:
     Raises:
       ValueError: a field that this version does not know.
     """
-    values = read_config(path)
+    values = read_json(path, "config")
     return from_dict(ModelConfig, values.get("model", values), str(path))
 
 
@@ -153,8 +170,8 @@ class Checkpoints:
     def __init__(self, folder: PathLike, keep: int) -> None:
         self.folder = _absolute(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        handlers = {name: _arrays() for name in ARRAYS}
-        handlers |= {name: ocp.JsonCheckpointHandler() for name in ("config", "progress")}
+        handlers: dict[str, Any] = {name: _arrays() for name in ARRAYS}
+        handlers |= {name: ocp.JsonCheckpointHandler() for name in JSONS}
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         except OSError as error:
@@ -282,7 +299,8 @@ def _arrays() -> ocp.PyTreeCheckpointHandler:
 
 
 def _composite() -> ocp.CompositeCheckpointHandler:
-    return ocp.CompositeCheckpointHandler(params=_arrays(), ema=_arrays(), config=ocp.JsonCheckpointHandler())
+    handlers: dict[str, Any] = {name: _arrays() for name in ARRAYS}
+    return ocp.CompositeCheckpointHandler(**handlers, **{name: ocp.JsonCheckpointHandler() for name in JSONS})
 
 
 def _shapes(path: epath.Path, item: str) -> dict[str, Any]:

@@ -184,7 +184,8 @@ class Log:
             return
         self._write({"step": step, **values})
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            if math.isfinite(value):
+                self._board.add_scalar(name, value, step)
         self._bar.set_postfix({name: f"{values[name]:.3g}" for name in SHOWN if name in values}, refresh=False)
         self._bar.update()
 

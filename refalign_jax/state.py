@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from refalign_jax.checkpoint import ARRAYS, Checkpoints, read_config
+from refalign_jax.checkpoint import ARRAYS, Checkpoints, read_json
 from refalign_jax.convert.table import count
 from refalign_jax.initial import initial_params, random_params
 from refalign_jax.optimizer import init_optimizer
@@ -85,7 +85,7 @@ def begin(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainSt
         return jax.jit(lambda params, key: init_state(params, key, config), out_shardings=place)(params, key), None
 
     path = str(checkpoints.path(step))
-    for difference in check_same_run(read_config(path), dataclasses.asdict(config), path):
+    for difference in check_same_run(read_json(path, "config"), dataclasses.asdict(config), path):
         logger.info("Since %s: %s.", path, difference)
     arrays, progress = checkpoints.restore(step, _arrays(shapes))
     key = jax.random.wrap_key_data(jnp.array(progress["key"], jnp.uint32))

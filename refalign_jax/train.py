@@ -104,7 +104,7 @@ def train_step(
         return objective(merge(trained, frozen), batch, noise, index, state.step, config.model)
 
     terms, gradients = mean_gradient(loss, trained, (batch, noise, index), config.optimizer.accumulation)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     rate = learning_rate(state.step, config.optimizer, config.train.steps)
     with jax.named_scope("optimizer"):
         trained, moments = update(gradients, state.optimizer, trained, rate, config.optimizer)
@@ -270,6 +270,8 @@ def _loop(
                 raise
             batch = as_batch(rows, mesh)
             if program is None:
+                if stop.is_set():
+                    return  # before anything was done that could be lost
                 program = compile_step(state, batch, empty_text, config)
                 meter.restart()
             profiler.step(state.step)

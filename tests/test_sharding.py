@@ -1,0 +1,118 @@
+"""Any arrangement of devices computes the same; every parameter has its place; checkpoints move between them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import PartitionSpec
+from runs import FAST_COMPILE, MODEL, recipe
+
+from refalign_jax.checkpoint import Checkpoints
+from refalign_jax.config import ModelConfig, wan_1_3b, wan_14b
+from refalign_jax.convert.table import flatten
+from refalign_jax.sharding import (
+    bytes_a_device,
+    check_batch,
+    make_mesh,
+    param_spec,
+    replicated,
+    state_sharding,
+    to_devices,
+)
+from refalign_jax.state import begin, init_state, save, state_shapes
+from refalign_jax.train import train_step
+from refalign_jax.train_config import Config, MeshConfig, OptimizerConfig
+
+
+def mesh_of(data: int, fsdp: int):
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp), jax.devices()[: data * fsdp])
+
+
+@functools.cache
+def one_step(data: int, fsdp: int):
+    """Metrics, gradient (the first moment is a tenth of it) and parameters after a step on this mesh."""
+    config = Config(model=MODEL, optimizer=OptimizerConfig(clip=0))
+    mesh = mesh_of(data, fsdp)
+    state = init_state(tiny.params(MODEL), jax.random.key(0), config)
+    places = state_sharding(state, mesh)
+    batch = tiny.batch([3, 2, 0, 1, 3, 3, 1, 2], config=MODEL)
+    noise = jax.random.normal(jax.random.key(1), batch.video_latents.shape)
+    index = jnp.array([900, 100, 500, 700, 999, 0, 300, 820])
+    step = jax.jit(
+        functools.partial(train_step, config=config),
+        out_shardings=(places, replicated(mesh)),
+        compiler_options=FAST_COMPILE,
+    )
+    after, metrics = step(jax.device_put(state, places), *to_devices((batch, noise, index), mesh))
+    assert after.params["dit"]["blocks"]["ffn"]["in"]["kernel"].sharding.shard_shape((3, 24, 40))[1] == 24 // fsdp
+    (moments,) = [x for x in after.optimizer if hasattr(x, "mu")]
+    return jax.device_get((metrics, moments.mu, after.params))
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(2, 1), (2, 2), (1, 8)])
+def test_every_mesh_computes_the_same(data, fsdp):
+    for ours, theirs in zip(one_step(data, fsdp), one_step(1, 1), strict=True):
+        ours, theirs = flatten(ours), flatten(theirs)
+        for name, expected in theirs.items():
+            assert tiny.relative(ours[name], expected) <= 1e-5 or np.abs(ours[name] - expected).max() < 1e-12, name
+
+
+@pytest.mark.parametrize("dit", [wan_1_3b(), wan_14b()])
+def test_the_state_of_both_models_is_spread_evenly(dit):
+    config = Config(model=ModelConfig(dit=dit), optimizer=OptimizerConfig(ema_decay=0.99))
+    alone, spread = (state_shapes(config, mesh_of(1, n)) for n in (1, 8))
+    assert bytes_a_device(spread) / bytes_a_device(alone) < 1.01 / 8
+    params, moments = spread.params, spread.optimizer[1].mu
+    for a, b, c in zip(*map(jax.tree.leaves, (params, moments, spread.ema)), strict=True):
+        assert a.sharding == b.sharding == c.sharding
+
+
+def test_a_side_that_does_not_divide_is_whole_and_an_unknown_parameter_is_an_error():
+    mesh = mesh_of(1, 8)
+    assert param_spec("dit/blocks/self_attention/out/kernel", (3, 24, 24), mesh) == PartitionSpec(None, None, "fsdp")
+    assert param_spec("optimizer/1/mu/projectors/out", (2, 12, 8), mesh) == PartitionSpec(None, None, None)
+    with pytest.raises(AssertionError, match="no sharding rule"):
+        param_spec("dit/new_layer/weights", (8, 8), mesh)
+
+
+def test_parameters_are_born_in_their_places(tmp_path):
+    config = dataclasses.replace(recipe(tmp_path), mesh=MeshConfig(fsdp=4))
+    mesh = make_mesh(config.mesh)
+    with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
+        state, position = begin(config, mesh, checkpoints)
+    assert position is None
+    for leaf, shape in zip(jax.tree.leaves(state), jax.tree.leaves(state_shapes(config, mesh)), strict=True):
+        assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
+
+
+def test_a_checkpoint_moves_between_meshes_to_the_bit(tmp_path):
+    config, saved = recipe(tmp_path), None
+    for data, fsdp in ((8, 1), (1, 8), (2, 2), (1, 1), (1, 2)):
+        mesh = mesh_of(data, fsdp)
+        with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
+            state, position = begin(config, mesh, checkpoints)
+            assert state.params["projectors"]["in"].sharding.mesh.shape == {"data": data, "fsdp": fsdp}
+            assert position == (saved and {"examples_consumed": 8 * int(state.step)})
+            values = jax.device_get(state._replace(key=jax.random.key_data(state.key)))
+            if saved is not None:
+                for a, b in zip(*map(jax.tree.leaves, (saved, values)), strict=True):
+                    np.testing.assert_array_equal(a, b)
+            state = state._replace(step=state.step + 1)
+            save(state, {"examples_consumed": 8 * int(state.step)}, config, {}, checkpoints)
+            saved = values._replace(step=values.step + 1)
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(3, 1), (0, 16), (8, 2)])
+def test_a_mesh_of_another_number_of_devices_is_refused(data, fsdp):
+    with pytest.raises(ValueError, match=r"mesh\.data=.* is not the number of devices, 8"):
+        make_mesh(MeshConfig(data=data, fsdp=fsdp))
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    check_batch(16, 2, mesh_of(4, 2))
+    with pytest.raises(ValueError, match=r"data.batch_size=12 is not divisible by 8 devices times .*the next.* 16"):
+        check_batch(12, 1, mesh_of(4, 2))
