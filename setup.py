@@ -27,7 +27,7 @@ setup(
         "tyro>=1.0,<2",
         "rich>=13,<16",
         "tqdm>=4.66,<5",
-        "av>=14,<19",
+        "av>=15,<19",
         "pillow>=11,<14",
         "tensorboardX>=2.6.2,<3",
         "matplotlib>=3.9,<4",

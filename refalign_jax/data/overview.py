@@ -43,7 +43,8 @@ def describe(manifest: Manifest) -> str:
     lines.append("references  " + ", ".join(f"{count}: {references[count]}" for count in sorted(references)))
     lengths = np.array([length for shard in shards for length in shard.text_lengths] or [0])
     lines.append(f"text tokens {lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}")
-    lines.append("made        " + json.dumps(dict(manifest.made)))
+    made = {name: value for name, value in manifest.made.items() if name != "empty_text"}  # thousands of numbers
+    lines.append("made        " + json.dumps(made))
     return "\n".join(lines)
 
 
