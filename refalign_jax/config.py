@@ -66,8 +66,8 @@ class DiTConfig:
         if any(size % 2 or size == 0 for size in self.rope_widths):
             raise ValueError(
                 f"DiTConfig: a head width of {self.head_width} (width {self.width} / num_heads {self.num_heads}) "
-                f"splits into {self.rope_widths} for time, rows and columns; RoPE rotates pairs, so each must be even and "
-                "positive."
+                f"splits into {self.rope_widths} for time, rows and columns; RoPE rotates pairs, so each must be even "
+                "and positive."
             )
         if self.frequency_width < 2 or self.frequency_width % 2:
             raise ValueError(
