@@ -4,17 +4,24 @@ The batch is split over the axes data and fsdp. Every kernel has one side of the
 split over fsdp, which leaves the other side to a tensor axis and the token axis of activations to a context axis when
 those are added. Vectors and modulations are small and lie everywhere. EMA and optimizer moments lie as their
 parameters do, so that a device holds 1/fsdp of all of the state.
+
+Activations stay split over the batch, and the weights of one layer are gathered when it is their turn. The compiler
+does that only if told so; see `activations_on`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from refalign_jax.models.layers import Linear
 from refalign_jax.train_config import MeshConfig
 
 DATA, FSDP = "data", "fsdp"
@@ -101,6 +108,22 @@ def state_sharding(shapes: Any, mesh: Mesh) -> Any:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def activations_on(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
+    """A context in which what is traced keeps the output of every linear layer split over the batch.
+
+    Left to itself, XLA finds a kernel split along its input side and gathers the activations, which are far larger,
+    in place of the kernel.
+    """
+    place = NamedSharding(mesh, BATCH)
+
+    def keep(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        out = call(*args, **kwargs)
+        linear = isinstance(context.module, Linear) and context.method_name == "__call__"
+        return jax.lax.with_sharding_constraint(out, place) if linear else out
+
+    return nn.intercept_methods(keep)
 
 
 def to_devices(batch: Any, mesh: Mesh) -> Any:

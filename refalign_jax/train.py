@@ -37,7 +37,7 @@ from refalign_jax.metrics import Log, Meter, Profiler, about, write_config
 from refalign_jax.objective import Batch, Terms, objective
 from refalign_jax.optimizer import learning_rate, merge, moving_average, split, update
 from refalign_jax.preview import write_preview
-from refalign_jax.sharding import check_batch, make_mesh, replicated, to_devices
+from refalign_jax.sharding import activations_on, check_batch, make_mesh, replicated, to_devices
 from refalign_jax.state import TrainState, begin, save
 from refalign_jax.train_config import Config, DropoutConfig
 from refalign_jax.types import Array, Float, Int, Key, Params
@@ -157,8 +157,10 @@ def as_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
     return Batch(**to_devices({name: arrays[name] for name in Batch._fields}, mesh))
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def held_out_terms(params: Params, batch: Batch, place: Int[Array, " B"], config: Config) -> dict[str, Array]:
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def held_out_terms(
+    params: Params, batch: Batch, place: Int[Array, " B"], config: Config, mesh: Mesh
+) -> dict[str, Array]:
     """Batch means of the loss's terms at noise and times that are fixed for each example.
 
     Args:
@@ -166,11 +168,13 @@ def held_out_terms(params: Params, batch: Batch, place: Int[Array, " B"], config
       batch: held-out examples, nothing dropped.
       place: of each among the held-out examples; over all of them, times cover the schedule evenly.
       config: of the run.
+      mesh: where it runs.
     """
     key, shape = jax.random.key(config.train.seed), batch.video_latents.shape[1:]
     noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))(place)
     index = ((place + 0.5) * (config.model.flow.num_train_steps / config.data.held_out)).astype(jnp.int32)
-    _, terms = objective(params, batch, noise, index, jnp.int32(0), config.model)
+    with activations_on(mesh):
+        _, terms = objective(params, batch, noise, index, jnp.int32(0), config.model)
     return mean_terms(terms, batch)
 
 
@@ -187,21 +191,22 @@ def held_out_batches(config: Config, source: Source, mesh: Mesh) -> Iterator[tup
 
 def held_out_losses(params: Params, config: Config, source: Source, mesh: Mesh) -> dict[str, float]:
     """Means over the held-out examples of the loss's terms, named held_out_loss and so on."""
-    means = [held_out_terms(params, *inputs, config) for inputs in held_out_batches(config, source, mesh)]
+    means = [held_out_terms(params, *inputs, config, mesh) for inputs in held_out_batches(config, source, mesh)]
     names = ("loss", "flow", "pull", "push")
     return {f"held_out_{name}": float(np.mean([jax.device_get(mean[name]) for mean in means])) for name in names}
 
 
 def compile_step(
-    state: TrainState, batch: Batch, empty_text: Array, config: Config
+    state: TrainState, batch: Batch, empty_text: Array, config: Config, mesh: Mesh
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]:
     """Compiles the loop's one program: draw and step, the state donated."""
 
     def program(state: TrainState, batch: Batch, empty_text: Array) -> tuple[TrainState, dict[str, Array]]:
         step_key = jax.random.fold_in(state.key, state.step)
-        return train_step(state, *draw(step_key, batch, empty_text, config), config)
+        with activations_on(mesh):
+            return train_step(state, *draw(step_key, batch, empty_text, config), config)
 
-    places = jax.tree.map(lambda x: x.sharding, state), empty_text.sharding
+    places = jax.tree.map(lambda x: x.sharding, state), replicated(mesh)
     began = time.perf_counter()
     compiled = jax.jit(program, donate_argnums=0, out_shardings=places).lower(state, batch, empty_text).compile()
     logger.info("Compiled in %.1f s.", time.perf_counter() - began)
@@ -272,7 +277,7 @@ def _loop(
             if program is None:
                 if stop.is_set():
                     return  # before anything was done that could be lost
-                program = compile_step(state, batch, empty_text, config)
+                program = compile_step(state, batch, empty_text, config, mesh)
                 meter.restart()
             profiler.step(state.step)
             state, metrics = program(state, batch, empty_text)
@@ -290,7 +295,8 @@ def _loop(
                 tested = held_out_losses(state.params, config, source, mesh) if testing else {}
                 if previewing:
                     batch = next(held_out_batches(config, source, mesh))[0]
-                    write_preview(state.ema or state.params, batch, empty_text, config, done, made)
+                    with activations_on(mesh):
+                        write_preview(state.ema or state.params, batch, empty_text, config, done, made)
             _report(unread, meter, log, checkpoints, run.max_skipped, tested)
             unread = None
             if saving:

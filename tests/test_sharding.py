@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from refalign_jax.checkpoint import Checkpoints
 from refalign_jax.config import ModelConfig, wan_1_3b, wan_14b
 from refalign_jax.convert.table import flatten
 from refalign_jax.sharding import (
+    activations_on,
     bytes_a_device,
     check_batch,
     make_mesh,
@@ -42,12 +44,18 @@ def one_step(data: int, fsdp: int):
     batch = tiny.batch([3, 2, 0, 1, 3, 3, 1, 2], config=MODEL)
     noise = jax.random.normal(jax.random.key(1), batch.video_latents.shape)
     index = jnp.array([900, 100, 500, 700, 999, 0, 300, 820])
-    step = jax.jit(
-        functools.partial(train_step, config=config),
-        out_shardings=(places, replicated(mesh)),
-        compiler_options=FAST_COMPILE,
-    )
-    after, metrics = step(jax.device_put(state, places), *to_devices((batch, noise, index), mesh))
+
+    def step(*inputs):
+        with activations_on(mesh):
+            return train_step(*inputs, config)
+
+    inputs = jax.device_put(state, places), *to_devices((batch, noise, index), mesh)
+    jitted = jax.jit(step, out_shardings=(places, replicated(mesh)), compiler_options=FAST_COMPILE)
+    compiled = jitted.lower(*inputs).compile()
+    after, metrics = compiled(*inputs)
+    moved = re.findall(r"= [^=]*? (?:all-gather|all-reduce|reduce-scatter|all-to-all)\(", compiled.as_text())
+    activations = [line for line in moved if re.search(r"\[8,\d+,\d+[,\]]", line)]
+    assert not activations, "weights are gathered, activations never"
     assert after.params["dit"]["blocks"]["ffn"]["in"]["kernel"].sharding.shard_shape((3, 24, 40))[1] == 24 // fsdp
     (moments,) = [x for x in after.optimizer if hasattr(x, "mu")]
     return jax.device_get((metrics, moments.mu, after.params))

@@ -1,0 +1,121 @@
+"""Operations counted from sizes against the products in the traced program."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from refalign_jax import flops
+from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig, SamplingConfig, wan_1_3b, wan_14b
+from refalign_jax.objective import Batch, sample_terms
+from refalign_jax.params import model_shapes
+from refalign_jax.sampling import sample
+
+DIT = DiTConfig(
+    width=48,
+    num_layers=4,
+    num_heads=2,
+    ffn_width=80,
+    text_width=20,
+    frequency_width=16,
+    latent_channels=6,
+    remat="none",
+)
+SHAPE = flops.Shape(grid=(3, 8, 12), references=3, text_length=7)
+
+
+def products(jaxpr, times: int = 1) -> int:
+    """2·m·k·n of every product in a traced program, loops multiplied out."""
+    total = 0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+            total += 2 * depth * equation.outvars[0].aval.size * times
+        elif name == "conv_general_dilated":
+            kernel = equation.invars[1].aval
+            outputs = kernel.shape[equation.params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * equation.outvars[0].aval.size * kernel.size // outputs * times
+        inner = times * equation.params["length"] if name == "scan" else times
+        branches = equation.params.get("branches")
+        for value in [branches[0]] if branches else equation.params.values():
+            for sub in value if isinstance(value, list | tuple) else [value]:
+                if hasattr(sub, "jaxpr"):
+                    total += products(sub.jaxpr, inner)
+                elif hasattr(sub, "eqns"):
+                    total += products(sub, inner)
+    return total
+
+
+def inputs(model: ModelConfig, shape: flops.Shape) -> tuple:
+    """Shapes of one sample's batch, noise, index, step."""
+    frames, rows, columns = shape.grid
+    P = flops.tokens(model.dit, shape)[1] // max(shape.references, 1)
+
+    def array(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *sizes), dtype)
+
+    video = array(frames, rows, columns, model.dit.latent_channels)
+    batch = Batch(
+        video_latents=video,
+        text=array(shape.text_length, model.dit.text_width),
+        reference_latents=array(shape.references, rows, columns, model.dit.latent_channels),
+        num_references=array(dtype=jnp.int32),
+        subject_ids=array(shape.references, dtype=jnp.int32),
+        vfm_features=array(shape.references, P, model.alignment.vfm_width),
+        aligned=array(dtype=jnp.bool_),
+    )
+    return batch, video, array(dtype=jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def loss(model: ModelConfig):
+    return lambda params, *xs: jnp.mean(sample_terms(params, *xs, model)[0].loss)
+
+
+@pytest.mark.parametrize("projector", ["mlp", "conv"])
+def test_forward_pass_counts_every_product(projector):
+    model = ModelConfig(dit=DIT, alignment=AlignmentConfig(num_blocks=3, vfm_width=10, projector=projector))
+    traced = products(jax.make_jaxpr(loss(model))(model_shapes(model), *inputs(model, SHAPE)).jaxpr)
+    assert traced == flops.forward_flops(DIT, SHAPE) + sum(flops.alignment_flops(DIT, model.alignment, SHAPE))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_training_step_at_full_width(weight):
+    """Of the 1.3B model with two layers; the loss differentiates everything but inputs of the first layers."""
+    dit = dataclasses.replace(wan_1_3b(), num_layers=2, remat="none")
+    model = ModelConfig(dit=dit, alignment=AlignmentConfig(num_blocks=1, weight=weight))
+    shape = flops.Shape(grid=(21, 60, 104), references=3, text_length=512)
+    gradient = jax.make_jaxpr(jax.grad(loss(model)))(model_shapes(model), *inputs(model, shape)).jaxpr
+    recomputed = sum(flops.alignment_flops(dit, model.alignment, shape)) if weight else 0  # alignment's own remat
+    assert products(gradient) - recomputed == pytest.approx(flops.train_flops(model, shape), rel=0.01)
+
+
+@pytest.mark.parametrize("references", [0, 2])
+def test_sampling(references):
+    shape = dataclasses.replace(SHAPE, references=references)
+    config = SamplingConfig(num_steps=5)
+    model = ModelConfig(dit=DIT, alignment=AlignmentConfig(num_blocks=3, vfm_width=10))
+    batch, video, *_ = inputs(model, shape)
+    arguments = [video, batch.text, batch.text] + ([batch.reference_latents] if references else [])
+    traced = jax.make_jaxpr(lambda p, *xs: sample(p, *xs, dit=DIT, config=config))(
+        model_shapes(model)["dit"], *arguments
+    )
+    assert products(traced.jaxpr) == flops.sample_flops(DIT, shape, 5)
+
+
+def test_the_paper_shape():
+    shape = flops.Shape(grid=(21, 60, 104), references=3, text_length=512)
+    assert flops.tokens(wan_14b(), shape) == (32_760, 4_680)
+    # 6 operations a parameter and token, and attention 12·layers·T²·D, are a lower bound within a sixth
+    rough = 6 * 14.3e9 * 37_440 + 12 * 40 * 37_440**2 * 5120
+    assert rough * 0.9 < flops.train_flops(ModelConfig(dit=wan_14b()), shape) < rough * 1.2
+
+
+def test_peaks_by_device_kind():
+    assert flops.peak_flops("TPU v5 lite") == 197e12
+    assert flops.peak_flops("TPU v5") == 459e12
+    assert flops.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert flops.peak_flops("cpu") is None
