@@ -45,7 +45,7 @@ setup(
             "mypy>=2,<3",
             "pre-commit>=4,<5",
         ],
-        "parity": ["torch==2.13.0", "diffusers>=0.40,<0.43"],
+        "parity": ["torch==2.13.0", "diffusers>=0.40,<0.43", "ftfy>=6.2,<7"],
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
     },
