@@ -13,13 +13,17 @@ from typing import Any
 
 import numpy as np
 
+from refalign_jax.data.encoders import VideoCodec, reopen_video_codec
+from refalign_jax.data.example import Spec
 from refalign_jax.data.loader import Source
-from refalign_jax.data.shards import ShardSource, Spec
+from refalign_jax.data.shards import ShardSource
 from refalign_jax.data.synthetic import SyntheticSource
 from refalign_jax.train_config import Config
 from refalign_jax.types import Float
 
-FREE_TO_CHANGE = ("model.dit.compute_dtype", "model.dit.attention", "model.dit.remat", "model.dit.max_position")
+FREE_TO_CHANGE = tuple(
+    f"model.dit.{name}" for name in ("compute_dtype", "residual_dtype", "attention", "remat", "max_position")
+)
 """Fields of the model that a run may change on its way: they say how it is computed, not what."""
 
 FIXED = ("optimizer.freeze", "optimizer.beta1", "optimizer.beta2", "train.seed")
@@ -106,6 +110,20 @@ def empty_text(config: Config, source: Source) -> Float[np.ndarray, "S text_widt
             )
         text[: len(rows)] = rows
     return text
+
+
+def preview_codec(config: Config, source: Source) -> VideoCodec | None:
+    """The codec that decodes previews, the one that the dataset was made with; None where no preview is asked for.
+
+    Synthetic examples have none, and of a dataset that another program wrote it is not known.
+
+    Raises:
+      ValueError: the codec's weights are no longer where they were.
+    """
+    if not config.train.preview_every or not isinstance(source, ShardSource):
+        return None
+    described = source.manifest.made.get("encoders", {}).get("video")
+    return None if described is None else reopen_video_codec(described)
 
 
 def check_folder(folder: str, field: str) -> Path:

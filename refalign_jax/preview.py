@@ -1,7 +1,7 @@
-"""Samples drawn while training, as pictures: principal colours of their latents, since no decoder runs here.
+"""Samples drawn while training: videos, where the dataset's codec is at hand, and pictures of their latents.
 
-The picture has a row an example: three frames of the sample, the same frames of the clip it was held out from, and the
-references. The latents themselves lie beside it.
+A picture has a row an example: three frames of the sample, the same frames of the clip it was held out from, and the
+references, all as principal colours of the latents, which needs no decoder. The latents themselves lie beside it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,27 @@ from jax.experimental import multihost_utils
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from refalign_jax.data.encoders import VideoCodec
 from refalign_jax.data.overview import principal_colours
+from refalign_jax.data.video import to_pixels, write_video
 from refalign_jax.objective import Batch
 from refalign_jax.sampling import sample
 from refalign_jax.train_config import Config
 from refalign_jax.types import Array, Float, Params
 
 
+PREVIEW_FPS = 16
+"""Frames a second of preview videos, as Wan2.1 writes its own."""
+
+
 def write_preview(
-    params: Params, batch: Batch, empty_text: Float[Array, "S text_width"], config: Config, step: int, made: Mapping
+    params: Params,
+    batch: Batch,
+    empty_text: Float[Array, "S text_width"],
+    config: Config,
+    step: int,
+    made: Mapping,
+    codec: VideoCodec | None = None,
 ) -> None:
     """Samples from a batch's prompts and references, at the same noise every time, and writes the first few.
 
@@ -36,6 +48,7 @@ def write_preview(
       config: of the run.
       step: for the files' names, previews/step-00000100.png and .npz.
       made: what `metrics.about` returned; it goes into both files.
+      codec: decodes the samples to previews/step-00000100-0.mp4 and so on; None, no videos.
     """
     noise = jax.random.normal(jax.random.key(config.train.seed), batch.video_latents.shape, jnp.float32)
     latents = sample(
@@ -66,6 +79,9 @@ def write_preview(
     info = PngInfo()
     info.add_text("about", about)
     image.save(path, pnginfo=info)
+    if codec is not None:
+        for i, latents in enumerate(rows[0]):
+            write_video(path.with_name(f"{path.stem}-{i}.mp4"), to_pixels(codec.decode(latents[None])[0]), PREVIEW_FPS)
 
 
 def _row(frames: Float[np.ndarray, "N H W C"]) -> Float[np.ndarray, "h w rgb"]:

@@ -31,6 +31,7 @@ from jax.sharding import Mesh
 
 from refalign_jax import flops, preflight
 from refalign_jax.checkpoint import Checkpoints
+from refalign_jax.data.encoders import VideoCodec
 from refalign_jax.data.loader import BatchIterator, DataConfig, Source, make_loader
 from refalign_jax.initial import random_params
 from refalign_jax.metrics import Log, Meter, Profiler, about, write_config
@@ -226,6 +227,7 @@ def train(config: Config) -> None:
     check_batch(config.data.batch_size, config.optimizer.accumulation, mesh)
     split(jax.eval_shape(lambda: random_params(config.model, jax.random.key(0))), config.optimizer.freeze)
     source = preflight.open_source(config)
+    codec = preflight.preview_codec(config, source)
     empty_text = jax.device_put(preflight.empty_text(config, source), replicated(mesh))
     loader = _open_loader(config.data, source, "train")
     folder = preflight.check_folder(config.train.folder, "train.folder")
@@ -244,8 +246,8 @@ def train(config: Config) -> None:
         first = jax.process_index() == 0
         if first:
             write_config(folder, config, made)
-        with Log(folder, int(state.step), config.train.steps, made, enabled=first) as log:
-            _loop(state, loader, source, empty_text, config, mesh, checkpoints, log, stop, made)
+        with Log(folder, int(state.step), config.train.steps, made, enabled=first) as log, _memory_in_one_sentence():
+            _loop(state, loader, source, empty_text, codec, config, mesh, checkpoints, log, stop, made)
 
 
 def _loop(
@@ -253,6 +255,7 @@ def _loop(
     loader: BatchIterator,
     source: Source,
     empty_text: Array,
+    codec: VideoCodec | None,
     config: Config,
     mesh: Mesh,
     checkpoints: Checkpoints,
@@ -269,9 +272,10 @@ def _loop(
             try:
                 with meter.waiting():
                     rows = next(loader)
-            except (ValueError, OSError):
+            except (ValueError, OSError):  # the data failed, what was learned is good
                 _report(unread, meter, log, checkpoints, run.max_skipped)
-                save(state, loader.get_state(), config, made, checkpoints)  # the data failed, what was learned is good
+                if unread is not None:
+                    save(state, loader.get_state(), config, made, checkpoints)
                 raise
             batch = as_batch(rows, mesh)
             if program is None:
@@ -296,7 +300,7 @@ def _loop(
                 if previewing:
                     batch = next(held_out_batches(config, source, mesh))[0]
                     with activations_on(mesh):
-                        write_preview(state.ema or state.params, batch, empty_text, config, done, made)
+                        write_preview(state.ema or state.params, batch, empty_text, config, done, made, codec)
             _report(unread, meter, log, checkpoints, run.max_skipped, tested)
             unread = None
             if saving:
@@ -363,6 +367,20 @@ def _start_jax(config: Config) -> None:
         preflight.check_folder(config.train.compilation_cache, "train.compilation_cache")
         jax.config.update("jax_compilation_cache_dir", config.train.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@contextlib.contextmanager
+def _memory_in_one_sentence() -> Iterator[None]:
+    """Says in a sentence what XLA says in a page."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(
+            f"The devices' memory is too small ({str(error).splitlines()[0]:.200}); raise mesh.fsdp or "
+            "optimizer.accumulation, lower data.batch_size, or set model.dit.remat to full."
+        ) from error
 
 
 @contextlib.contextmanager
