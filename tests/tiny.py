@@ -54,6 +54,6 @@ def batch(counts: list[int], references: int = 3, seed: int = 0, config: ModelCo
 
 
 def relative(ours: object, theirs: object) -> float:
-    """‖ours - theirs‖ / ‖theirs‖ in float64."""
+    """‖ours - theirs‖ / ‖theirs‖ in float64; where theirs is 0, ‖ours‖."""
     a, b = (np.asarray(x, np.float64).ravel() for x in (ours, theirs))
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+    return float(np.linalg.norm(a - b) / (np.linalg.norm(b) or 1.0))
