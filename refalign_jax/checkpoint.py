@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -173,9 +174,11 @@ class Checkpoints:
         handlers: dict[str, Any] = {name: _arrays() for name in ARRAYS}
         handlers |= {name: ocp.JsonCheckpointHandler() for name in JSONS}
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
-        except OSError as error:
-            raise OSError(f"{self.folder} can't be written: {error.strerror or _first_line(error)}.") from error
+        except Exception as error:  # of the file system, local or not
+            reason = getattr(error, "strerror", None) or _first_line(error)
+            raise OSError(f"{self.folder} can't be written: {reason}.") from error
 
     @property
     def latest(self) -> int | None:
@@ -291,10 +294,11 @@ def _is_tuple(hint: Any) -> bool:
 
 
 def _arrays() -> ocp.PyTreeCheckpointHandler:
-    """Writes arrays; of large ones no more than 1 GB is on its way to disk at a time.
+    """Writes and reads arrays; of large ones no more than 1 GB is on its way to disk at a time.
 
     Weights hardly compress, and compressing them costs four times the time and 1 GB more.
     """
+    sys.unraisablehook = _without_late_callbacks
     return ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False)
 
 
@@ -306,7 +310,7 @@ def _composite() -> ocp.CompositeCheckpointHandler:
 def _shapes(path: epath.Path, item: str) -> dict[str, Any]:
     """Names, shapes and dtypes of an item's arrays."""
     try:
-        return ocp.PyTreeCheckpointHandler().metadata(path / item).tree
+        return _arrays().metadata(path / item).tree
     except Exception as error:
         raise ValueError(f"{path / item} can't be read ({_first_line(error)}); the checkpoint is not whole.") from error
 
@@ -326,3 +330,12 @@ def _absolute(path: PathLike) -> epath.Path:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0].strip().rstrip(".")[:300]
+
+
+def _without_late_callbacks(unraisable: Any) -> None:
+    """Drops what Python can't raise and would print as a traceback, where it says nothing that is not raised too.
+
+    When one file fails, Orbax closes its event loop, and operations on other files that end later complain of that.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)

@@ -360,7 +360,8 @@ def _open_loader(data: DataConfig, source: Source, part: Literal["train", "held_
 
 def _start_jax(config: Config) -> None:
     """Settings that JAX takes before its first use."""
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    for name in ("absl", "asyncio"):  # Orbax prints tracebacks of what it also raises
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if config.train.distributed:
         jax.distributed.initialize()
     if config.train.compilation_cache:

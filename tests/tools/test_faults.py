@@ -1,0 +1,342 @@
+"""Faulty set-ups of tools/train.py: one sentence, exit code 2, no traceback, nothing half-written.
+
+Most run in this process, with a trap where compilation would begin; a few, whose fault needs a process, in their own.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from runs import MODEL, recipe
+
+from refalign_jax import preflight
+from refalign_jax import train as training
+from refalign_jax.checkpoint import Checkpoints, save_params
+from refalign_jax.command import _exit
+from refalign_jax.convert.dit import model_table
+from refalign_jax.convert.files import write_weights
+from refalign_jax.convert.table import published_shapes, to_published
+from refalign_jax.data.example import Example, Storage
+from refalign_jax.data.shards import ShardWriter
+from refalign_jax.sharding import make_mesh
+from refalign_jax.state import begin, save
+from tools.train import main
+
+ROOT = Path(__file__).parents[2]
+TINY = str(ROOT / "configs/tiny.py")
+
+
+def write_data(folder: Path, count: int = 17, made: dict | None = None, finish: bool = True) -> None:
+    """A dataset that fits configs/tiny.py."""
+    rng = np.random.default_rng(0)
+    writer = ShardWriter(folder, storage=Storage(), made=made or {}, examples_per_shard=4)
+    for i in range(count):
+        normal = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+        writer.add(
+            Example(
+                id=f"clip-{i}",
+                prompt="",
+                video_latents=normal(2, 4, 6, 16),
+                reference_latents=normal(2, 4, 6, 16),
+                subject_ids=np.arange(2, dtype=np.int32),
+                text=normal(5, 16),
+                vfm_features=normal(2, 6, 8),
+            )
+        )
+    if finish:
+        writer.close()
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """What is whole and is copied before it is broken: a dataset, a run with a checkpoint, weights of two models."""
+    folder = tmp_path_factory.mktemp("good")
+    write_data(folder / "data")
+    params = jax.device_get(tiny.params(MODEL))
+    save_params(folder / "params", params, MODEL)
+    table = model_table(MODEL.dit, MODEL.alignment)
+    shapes = published_shapes(table, params)
+    shapes = {name: shapes[name] for entry in table for name in entry.names}
+    kinds = dict.fromkeys(shapes, np.dtype(np.float32))
+    write_weights(folder / "w.safetensors", to_published(table, params), shapes, kinds, 10**9)
+    config = recipe(folder / "run")
+    (folder / "run").mkdir()
+    with Checkpoints(folder / "run/checkpoints", 2) as checkpoints:
+        state, _ = begin(config, make_mesh(config.mesh), checkpoints)
+        data = {"examples_consumed": 8, "shuffle_seed": 0, "first_example": 0, "num_examples": 21}
+        save(state._replace(step=state.step + 1), data, config, {}, checkpoints)
+    return folder
+
+
+@pytest.fixture
+def place(good, tmp_path):
+    shutil.copytree(good, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+class CompilingError(AssertionError):
+    """It got as far as to compile."""
+
+
+def refuse(arguments: list, capsys, monkeypatch) -> str:
+    """Runs the command up to compilation; returns the sentence it was refused with."""
+
+    def compiling(*_):
+        raise CompilingError
+
+    monkeypatch.setattr(training, "compile_step", compiling)
+    return fail(arguments, capsys)
+
+
+def fail(arguments: list, capsys) -> str:
+    with pytest.raises(SystemExit) as end:
+        _exit(lambda: main([str(x) for x in arguments]))
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    if "Value error" in printed:  # of a field, in tyro's frame
+        return " ".join(line.strip("│ ") for line in printed.splitlines())
+    sentence = printed.rstrip("\n").splitlines()[-1]
+    assert sentence.startswith("error: ")
+    assert sentence.endswith(".")
+    return sentence
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.exists() else []
+
+
+# name: (arguments that follow the recipe and its folder, what the sentence must say); {p} is a folder of good things
+FAULTS: dict[str, tuple[list[str], str]] = {
+    "no data": (["--synthetic.num-examples", "0"], r"data\.path is empty"),
+    "data and synthetic": (["--data.path", "{p}/data"], r"data\.path=.* exclude each other"),
+    "no dataset there": (["--synthetic.num-examples", "0", "--data.path", "{p}/none"], r"none/manifest\.json can't be"),
+    "a file as dataset": (["--synthetic.num-examples", "0", "--data.path", "{p}/w.safetensors"], "can't be read"),
+    "held-out takes all": (["--data.held-out", "40"], r"data\.held_out is 40 of 40 examples"),
+    "held-out batch": (["--data.held-out", "9"], r"data\.held_out is 9; it must be a multiple"),
+    "batch and devices": (["--data.batch-size", "4", "--data.held-out", "4"], r"data\.batch_size=4 is not .*8 devices"),
+    "batch and parts": (["--optimizer.accumulation", "3"], r"data\.batch_size=8 is not .* optimizer\.accumulation=3"),
+    "mesh": (["--mesh.fsdp", "3"], r"mesh\.fsdp=3 is not the number of devices, 8"),
+    "grid and patch": (
+        ["--synthetic.latent-grid", "2", "5", "6"],
+        "A latent grid of 5x6 is not divisible by the patch",
+    ),
+    "patch and VFM": (["--model.dit.patch-size", "1", "2", "1"], "6 VFM tokens .* makes 12 tokens"),
+    "positions": (["--model.dit.max-position", "4"], r"2 latent frames, .*max_references=3 .*max_position=4"),
+    "no folder": (["--train.folder", ""], r"train\.folder is empty"),
+    "folder is a file": (["--train.folder", "{p}/w.safetensors"], r"train\.folder='.*w\.safetensors' can't be written"),
+    "folder not to be made": (["--train.folder", "/proc/none/run"], r"train\.folder='/proc/none/run' can't be written"),
+    "folder is remote": (["--train.folder", "gs://bucket/run"], r"TrainConfig\.folder='gs://bucket/run' must be local"),
+    "checkpoints in a file": (["--train.checkpoint-folder", "{p}/w.safetensors"], r"w\.safetensors.* can't be written"),
+    "cache in a file": (["--train.compilation-cache", "{p}/w.safetensors"], r"train\.compilation_cache=.* can't be"),
+    "freeze nothing": (["--optimizer.freeze", "dit/nothing*"], "no parameter is called 'dit/nothing"),
+    "freeze all": (["--optimizer.freeze", "*"], "freezes every parameter"),
+    "init not there": (["--train.init", "{p}/none"], "none"),
+    "init of another model": (["--train.init", "{p}/params", "--model.dit.ffn-width", "48"], r"\[3, 24, 40\], not"),
+    "init of another file": (["--train.init", "{p}/data/manifest.json"], "manifest.json"),
+    "init without average": (["--train.init", "{p}/params", "--train.init-ema"], "no moving average"),
+    "average of published": (["--train.init", "{p}/w.safetensors", "--train.init-ema"], "no training checkpoint"),
+    "dropout": (["--dropout.both", "0.9"], "DropoutConfig: text, references, both"),
+    "learning rate": (["--optimizer.learning-rate", "-1"], r"learning_rate=-1\.0 .* must both be positive"),
+    "cosine": (
+        ["--optimizer.schedule", "cosine", "--optimizer.warmup-steps", "12"],
+        "leaves nothing of train.steps=12",
+    ),
+    "evaluation": (["--data.held-out", "0"], r"train\.held_out_every=6 needs examples that training never sees"),
+    "heads": (["--model.dit.num-heads", "5"], r"DiTConfig\.width=24 is not divisible by num_heads=5"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_refused_before_compiling(name, place, capsys, monkeypatch):
+    import re
+
+    arguments, message = FAULTS[name]
+    before = files(place)
+    given = [TINY, "--train.folder", place / "new", *(x.replace("{p}", str(place)) for x in arguments)]
+    sentence = refuse(given, capsys, monkeypatch)
+    assert re.search(message, sentence), sentence
+    assert files(place) == before
+
+
+DATA = ["--synthetic.num-examples", "0", "--train.held-out-every", "0", "--train.preview-every", "0"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("--model.alignment.vfm-width", 10, "VFM width 8, but model.alignment.vfm_width is 10"),
+        ("--model.dit.text-width", 20, "text width 16, but model.dit.text_width is 20"),
+        ("--model.dit.latent-channels", 12, "latent channels 16, but model.dit.latent_channels is 12"),
+        ("--data.text-length", 4, "data.text_length is 4, but the longest prompt has 5 tokens"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_data(field, value, message, place, capsys, monkeypatch):
+    given = [TINY, *DATA, "--data.path", place / "data", "--train.folder", place / "new", field, value]
+    assert message in refuse(given, capsys, monkeypatch)
+    assert files(place / "new") == []
+
+
+def broken_data(place: Path, how: str) -> str:
+    """Breaks a dataset in one way; returns what must be said."""
+    data, shard = place / "data", place / "data/examples-00001.array_record"
+    if how == "unfinished":
+        shutil.rmtree(data)
+        write_data(data, count=9, finish=False)
+        return "is unfinished with 8 examples"
+    if how == "truncated shard":
+        shard.write_bytes(shard.read_bytes()[:-100])
+        return "it is truncated or was changed"
+    if how == "missing shard":
+        shard.unlink()
+        return "examples-00001.array_record is missing"
+    if how == "no manifest":
+        (data / "manifest.json").write_text("{")
+        return "is not a manifest of prepared examples"
+    if how == "empty text":
+        shutil.rmtree(data)
+        write_data(data, made={"empty_text": [[0.0] * 12]})
+        return "has an empty_text of shape [1, 12]"
+    assert how == "flipped bytes"
+    for path in data.glob("*.array_record"):
+        blob = bytearray(path.read_bytes())
+        blob[len(blob) // 2 :: 997] = bytes(x ^ 1 for x in blob[len(blob) // 2 :: 997])
+        path.write_bytes(blob)
+    return "More than 0 corrupt records (data.max_corrupt), the last: "
+
+
+@pytest.mark.parametrize(
+    "how", ["unfinished", "truncated shard", "missing shard", "no manifest", "empty text", "flipped bytes"]
+)
+def test_broken_data(how, place, capsys, monkeypatch):
+    message = broken_data(place, how)
+    given = [TINY, *DATA, "--data.path", place / "data", "--train.folder", place / "new"]
+    assert message in refuse(given, capsys, monkeypatch)
+    assert not files(place / "new/checkpoints")
+
+
+def broken_run(place: Path, how: str) -> tuple[list[str], str]:
+    """Breaks a run's folder; returns what to override and what must be said."""
+    step = place / "run/checkpoints/1"
+    if how == "another model":
+        return ["--model.dit.ffn-width", "48"], "model.dit.ffn_width was 40, now it is 48; set this back"
+    if how == "another seed of the data":
+        return ["--data.shuffle-seed", "5"], "saved with shuffle_seed 0, now it is 5"
+    if how == "no moments":
+        shutil.rmtree(step / "optimizer")
+        return [], "remove that folder to go on from the beginning"
+    if how == "no configuration":
+        shutil.rmtree(step / "config")
+        return [], "the checkpoint is not whole"
+    for path in step.rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:100])
+    return [], "can't be restored"
+
+
+@pytest.mark.parametrize(
+    "how", ["another model", "another seed of the data", "no moments", "no configuration", "truncated files"]
+)
+def test_a_run_that_can_not_go_on(how, place, capsys, monkeypatch):
+    arguments, message = broken_run(place, how)
+    given = [write_recipe(place), "--train.folder", place / "run", *arguments]
+    before = files(place)
+    assert message in refuse(given, capsys, monkeypatch)
+    assert files(place) == before
+
+
+def write_recipe(place: Path) -> Path:
+    """The tests' recipe as a file."""
+    import dataclasses
+
+    path = place / "recipe.py"
+    values = json.dumps(dataclasses.asdict(recipe(place / "run")))
+    path.write_text(
+        "import json\nfrom refalign_jax.checkpoint import from_dict\nfrom refalign_jax.train_config import Config\n"
+        f"def get_config():\n    return from_dict(Config, json.loads({values!r}), 'recipe')\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "is no recipe; name a Python file"),
+        ("def get_config(:", "is no recipe that can be read: "),
+        ("import nothing_of_that_name", "No module named 'nothing_of_that_name'"),
+        ("x = 1", "has no attribute 'get_config'"),
+        ("def get_config(): return {}", "get_config() returns dict; it must return a Config"),
+    ],
+)
+def test_recipes_that_are_none(text, message, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "recipe.py"
+    if text is not None:
+        path.write_text(text)
+    assert message in refuse([path, "--train.folder", tmp_path / "new"], capsys, monkeypatch)
+    assert not (tmp_path / "new").exists()
+    assert "Name a recipe first" in refuse(["--train.steps", "3"], capsys, monkeypatch)
+
+
+def test_truncated_weights(place, capsys, monkeypatch):
+    path = place / "w.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    given = [write_recipe(place), "--train.folder", place / "new", "--train.init", path]
+    assert "w.safetensors" in refuse(given, capsys, monkeypatch)
+    assert files(place / "new") == []
+
+
+def test_no_room_for_a_checkpoint(place, capsys, monkeypatch):
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    assert "one checkpoint takes 0.00 GB" in refuse([TINY, "--train.folder", place / "new"], capsys, monkeypatch)
+    assert files(place / "new") == []
+
+
+def test_metrics_on_a_full_disk(place, capsys, monkeypatch):
+    (place / "new").mkdir()
+    (place / "new/metrics.jsonl").symlink_to("/dev/full")
+    sentence = refuse([TINY, "--train.folder", place / "new"], capsys, monkeypatch)
+    assert "metrics.jsonl could not be written: No space left on device" in sentence
+
+
+def test_too_little_device_memory(place, capsys, monkeypatch):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand a page more")
+
+    monkeypatch.setattr(training, "compile_step", exhausted)
+    assert "memory is too small (RESOURCE_EXHAUSTED" in fail([TINY, "--train.folder", place / "new"], capsys)
+
+
+def command(place: Path, *arguments: object, limit: str = "unlimited") -> subprocess.CompletedProcess:
+    """Runs the command in a process whose files may grow to `limit` blocks of 1,024 bytes."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    given = [sys.executable, str(ROOT / "tools/train.py"), str(write_recipe(place)), *map(str, arguments)]
+    shell = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", *given]
+    return subprocess.run(shell, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_a_loss_that_becomes_infinite_as_a_command(place):
+    done = command(place, "--train.folder", place / "new", "--optimizer.learning-rate", "1e30")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    sentence = done.stderr.rstrip("\n").splitlines()[-1]
+    assert sentence.startswith("error: Step 2: the loss (nan)")
+    assert "examples synthetic-" in sentence
+    assert sentence.endswith("there is no checkpoint yet.")
+    assert files(place / "new/checkpoints") == []
+
+
+def test_a_disk_that_fills_up_as_a_command(place):
+    """Files may not grow beyond 64 kB: metrics fit, arrays don't."""
+    done = command(place, "--train.folder", place / "new", "--train.save-every", "2", limit="64")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    sentence = done.stderr.rstrip("\n").splitlines()[-1]
+    assert sentence.startswith("error: A checkpoint could not be written to ")
+    assert sentence.endswith("there is no earlier one.")
+    assert [path for path in (place / "new/checkpoints").iterdir() if path.name.isdigit()] == []
