@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 import types
 import typing
@@ -329,7 +330,10 @@ def _absolute(path: PathLike) -> epath.Path:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].strip().rstrip(".")[:300]
+    """What went wrong: the operating system's word where TensorStore quotes it, else the error's first line."""
+    line = (str(error).splitlines() or [type(error).__name__])[0].strip().rstrip(".")
+    quoted = re.search(r": ([^:]+) \[os_error_code", line)
+    return quoted[1] if quoted else line[:300]
 
 
 def _without_late_callbacks(unraisable: Any) -> None:

@@ -1,8 +1,9 @@
 """What a run tells: a progress bar, metrics.jsonl, TensorBoard, and what each of its files says about its making.
 
 metrics.jsonl holds one JSON object a line. A line with "start" opens every start of the run and tells versions, flags
-and commit; a line with "step" tells of one training step, the number of steps done after it. A run that goes on from
-step k first drops the lines behind k, so that every step is there once.
+and commit, one with "compile_seconds" how its program turned out; a line with "step" tells of one training step, the
+number of steps done after it. A run that goes on from step k first drops the lines behind k, so that every step is
+there once.
 """
 
 from __future__ import annotations
@@ -188,6 +189,11 @@ class Log:
                 self._board.add_scalar(name, value, step)
         self._bar.set_postfix({name: f"{values[name]:.3g}" for name in SHOWN if name in values}, refresh=False)
         self._bar.update()
+
+    def note(self, record: Mapping[str, Any]) -> None:
+        """Writes a line that belongs to no step."""
+        if self._enabled:
+            self._write(record)
 
     def sync(self) -> None:
         """Makes sure that what was told is on disk; before a checkpoint, which must not be ahead of it."""

@@ -31,6 +31,7 @@ from jax.sharding import Mesh
 
 from refalign_jax import flops, preflight
 from refalign_jax.checkpoint import Checkpoints
+from refalign_jax.convert.table import count
 from refalign_jax.data.encoders import VideoCodec
 from refalign_jax.data.loader import BatchIterator, DataConfig, Source, make_loader
 from refalign_jax.initial import random_params
@@ -199,8 +200,12 @@ def held_out_losses(params: Params, config: Config, source: Source, mesh: Mesh) 
 
 def compile_step(
     state: TrainState, batch: Batch, empty_text: Array, config: Config, mesh: Mesh
-) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]]:
-    """Compiles the loop's one program: draw and step, the state donated."""
+) -> tuple[Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]], dict[str, float]]:
+    """Compiles the loop's one program, draw and step with the state donated.
+
+    Returns:
+      The program; seconds it took to compile, parameters, and bytes a device needs beside the state and the batch.
+    """
 
     def program(state: TrainState, batch: Batch, empty_text: Array) -> tuple[TrainState, dict[str, Array]]:
         step_key = jax.random.fold_in(state.key, state.step)
@@ -210,8 +215,10 @@ def compile_step(
     places = jax.tree.map(lambda x: x.sharding, state), replicated(mesh)
     began = time.perf_counter()
     compiled = jax.jit(program, donate_argnums=0, out_shardings=places).lower(state, batch, empty_text).compile()
-    logger.info("Compiled in %.1f s.", time.perf_counter() - began)
-    return compiled
+    seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
+    needed = memory.temp_size_in_bytes if memory else 0
+    logger.info("Compiled in %.1f s; a device needs %.3f GB beside state and batch.", seconds, needed / 1e9)
+    return compiled, {"compile_seconds": seconds, "parameters": count(state.params), "temporary_bytes": needed}
 
 
 def train(config: Config) -> None:
@@ -281,7 +288,8 @@ def _loop(
             if program is None:
                 if stop.is_set():
                     return  # before anything was done that could be lost
-                program = compile_step(state, batch, empty_text, config, mesh)
+                program, told = compile_step(state, batch, empty_text, config, mesh)
+                log.note(told)
                 meter.restart()
             profiler.step(state.step)
             state, metrics = program(state, batch, empty_text)

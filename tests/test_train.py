@@ -212,7 +212,7 @@ def crash() -> None:
 def finished(tmp_path_factory):
     """A run of 12 steps that nothing disturbed."""
     folder = tmp_path_factory.mktemp("finished")
-    train(recipe(folder))
+    train(recipe(folder, profile_start=2, profile_steps=1))
     return folder
 
 
@@ -254,7 +254,9 @@ def test_metrics_tell_every_step(finished):
     about = json.loads((finished / "config.json").read_text())["about"]
     for made in (start, about, read_json(find_checkpoint(finished)[0], "progress")["about"]):
         assert {"commit", "versions", "flags", "command", "devices"} <= made.keys()
+    assert '"compile_seconds"' in (finished / "metrics.jsonl").read_text()
     assert [*(finished / "tensorboard").glob("events*")]
+    assert [*(finished / "profile").rglob("*.xplane.pb")]
     assert [path.suffix for path in sorted((finished / "previews").iterdir())] == [".npz", ".png"]
 
 

@@ -338,5 +338,5 @@ def test_a_disk_that_fills_up_as_a_command(place):
     assert "Traceback" not in done.stderr
     sentence = done.stderr.rstrip("\n").splitlines()[-1]
     assert sentence.startswith("error: A checkpoint could not be written to ")
-    assert sentence.endswith("there is no earlier one.")
+    assert sentence.endswith("(File too large); there is no earlier one.")
     assert [path for path in (place / "new/checkpoints").iterdir() if path.name.isdigit()] == []
