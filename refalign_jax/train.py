@@ -271,7 +271,8 @@ def _loop(
     made: Mapping[str, Any],
 ) -> None:
     """The steps that are left. The host reads a step's metrics while the devices are busy with the next."""
-    run, done = config.train, int(state.step)
+    run, start = config.train, int(state.step)
+    done = start
     meter = Meter(config, example_shape(config, source))
     program, unread = None, None
     with contextlib.closing(Profiler(Path(run.folder), run.profile_start, run.profile_steps)) as profiler:
@@ -281,7 +282,7 @@ def _loop(
                     rows = next(loader)
             except (ValueError, OSError):  # the data failed, what was learned is good
                 _report(unread, meter, log, checkpoints, run.max_skipped)
-                if unread is not None:
+                if done > start:
                     save(state, loader.get_state(), config, made, checkpoints)
                 raise
             batch = as_batch(rows, mesh)
