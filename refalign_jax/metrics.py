@@ -32,7 +32,7 @@ from refalign_jax import flops
 from refalign_jax.train_config import Config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-SHOWN = ("loss", "pull", "push", "grad_norm", "examples_per_second", "mfu")
+SHOWN = ("loss", "pull", "push", "grad_norm", "examples_per_second", "data_wait", "mfu")
 
 
 def about() -> dict[str, Any]:

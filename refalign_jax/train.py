@@ -283,6 +283,7 @@ def _loop(
             except (ValueError, OSError):  # the data failed, what was learned is good
                 _report(unread, meter, log, checkpoints, run.max_skipped)
                 if done > start:
+                    log.sync()
                     save(state, loader.get_state(), config, made, checkpoints)
                 raise
             batch = as_batch(rows, mesh)

@@ -130,7 +130,7 @@ class TrainConfig:
     Attributes:
       folder: local folder of the run: resolved config, metrics.jsonl, TensorBoard, previews, profile. A run that
         finds checkpoints goes on from the newest.
-      checkpoint_folder: where checkpoints go, local or gs://; empty, `folder`/checkpoints.
+      checkpoint_folder: where checkpoints go, local or gs://, seen by every host; empty, `folder`/checkpoints.
       steps: of the whole run.
       seed: of initial parameters, noise, times and dropout; the order of examples has `data.shuffle_seed`.
       init: what a fresh run starts from: a checkpoint of parameters, the folder of another run or one of its
