@@ -25,7 +25,6 @@ from refalign_jax.sampling import sample
 from refalign_jax.train_config import Config
 from refalign_jax.types import Array, Float, Params
 
-
 PREVIEW_FPS = 16
 """Frames a second of preview videos, as Wan2.1 writes its own."""
 
