@@ -143,15 +143,15 @@ def _representations(
     lines = block_charts(states, references, aligned, "compare_")
     maps = token_maps({state: m.tokens for state, m in states.items()}, references, "compare_")
     parts = [
-        "".join(html.paragraph(sentence, "outcome") for sentence in sentences),
+        html.outcome(sentences),
         html.paragraph(
             f"Means over the aligned blocks, 0 to {aligned - 1}, after training; the runs of a pair start from the "
             f"same transformer and see the same batches. {describe(references, pairs[0].aligned)}"
         ),
-        html.figures(charts, 310),
+        html.figures(charts, 440),
         differences_table(names, rows_of),
         f"<h3>Block by block, {names[0]}</h3>",
-        html.figures(lines, 310),
+        html.figures(lines, 440),
     ]
     if maps:
         parts += [

@@ -66,18 +66,18 @@ def losses(
             axes.plot(*held_out, color=theme.ink, linewidth=1.2, marker="o", markersize=3.5, label="held out")
         _logarithmic(axes, np.concatenate([smooth, held_out[1]]))
         axes.set_xlabel("step")
-        axes.legend(loc="upper right")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
 
     ends = smooth[np.isfinite(smooth)]
     alt = f"{title} over {len(steps)} steps"
     if len(ends):
         alt += f"; its running mean goes from {ends[0]:.3g} to {ends[-1]:.3g}"
-    return _picture(name, title, alt, paint, (4.4, 3.0))
+    return _picture(name, title, alt, paint, (4.8, 3.1))
 
 
 def smoothed(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """The running mean over a fiftieth of all values around each, of the finite ones."""
-    half = len(values) // 100
+    """The running mean over a twentieth of all values around each, of the finite ones."""
+    half = len(values) // 40
     windows = [values[max(i - half, 0) : i + half + 1] for i in range(len(values))]
     return np.array([np.mean(w[np.isfinite(w)]) if np.isfinite(w).any() else np.nan for w in windows])
 
@@ -112,7 +112,7 @@ def blocks(name: str, title: str, curves: Sequence[Curve], aligned: int, levels:
 
     told = [f"{c.label} from {_tell(c.y[0])} to {_tell(c.y[-1])}" for c in curves if len(c.y)]
     told += [f"{label} {_tell(value)}" for label, value in known.items()]
-    return _picture(name, title, f"{title} over the blocks: {'; '.join(told)}", paint, (4.4, 3.5))
+    return _picture(name, title, f"{title} over the blocks: {'; '.join(told)}", paint, (4.8, 3.4))
 
 
 def token_map(
@@ -129,10 +129,10 @@ def token_map(
             axes.scatter(
                 mine[:, 0],
                 mine[:, 1],
-                s=13,
+                s=20,
                 c=colour,
                 marker=marker,
-                alpha=0.8,
+                alpha=0.75,
                 linewidths=0.25,
                 edgecolors=theme.paper,
             )
@@ -161,13 +161,14 @@ def pairs(name: str, title: str, labels: Sequence[str], aligned: Sequence[float]
         axes.set_yticks(rows, labels)
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.margins(x=0.12)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=5))
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3 if len(labels) < 4 else -0.15), ncols=2)
 
     told = "; ".join(
         f"{row} {_tell(a)} against {_tell(b)}" for row, a, b in zip(labels, aligned, baseline, strict=True)
     )
     alt = f"{title} with alignment against λ = 0: {told}"
-    return _picture(name, title, alt, paint, (4.4, 1.5 + 0.4 * len(labels)))
+    return _picture(name, title, alt, paint, (4.8, 1.5 + 0.4 * len(labels)))
 
 
 def _picture(
@@ -205,6 +206,7 @@ def _logarithmic(axes: Axes, values: np.ndarray) -> None:
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > 5 * values.min():
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 

@@ -34,6 +34,11 @@ def paragraph(text: str, kind: str = "") -> str:
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
+def outcome(sentences: Iterable[str]) -> str:
+    """Sentences that say how it turned out, set apart."""
+    return f'<div class="outcome">{"".join(map(paragraph, sentences))}</div>'
+
+
 def section(name: str, title: str, parts: Iterable[str]) -> str:
     """A section that `#name` leads to."""
     return f'<section id="{name}"><h2>{escape(title)}</h2>{"".join(parts)}</section>'

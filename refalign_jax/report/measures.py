@@ -17,9 +17,17 @@ MEASURES: Mapping[str, str] = {
     "neighbour": "Nearest-neighbour subject accuracy",
     "cka": "Linear CKA to the VFM",
     "silhouette": "Silhouette by subject",
+    "anywhere": "Accuracy with neighbours at the same place",
 }
 """Names of the numbers, each told for every block."""
-MAP_TOKENS = 900
+SHORT: Mapping[str, str] = {
+    "neighbour": "accuracy",
+    "cka": "CKA",
+    "silhouette": "silhouette",
+    "anywhere": "accuracy at the same place",
+}
+"""The same, for the heads of tables."""
+MAP_TOKENS = 700
 """Points of a map at most."""
 
 
@@ -45,9 +53,10 @@ def measure(features: Float[np.ndarray, "layers n D"], references: References, a
 def _numbers(x: Float[np.ndarray, "n D"], references: References) -> dict[str, float]:
     subjects = references.subjects
     return {
-        "neighbour": representation.neighbour_accuracy(x, subjects, references.allowed),
+        "neighbour": representation.neighbour_accuracy(x, subjects, references.allowed["elsewhere"]),
         "cka": representation.linear_cka(x, references.vfm),
         "silhouette": representation.silhouette(x, subjects),
+        "anywhere": representation.neighbour_accuracy(x, subjects, references.allowed["anywhere"]),
     }
 
 
@@ -84,20 +93,21 @@ def tokens_part(run: Run) -> Part:
         parts += [
             f"<h3>Maps of the tokens, after block {aligned - 1}</h3>",
             html.legend(references.names),
-            html.figures(maps, 250),
+            html.figures(maps, 300),
         ]
     else:
         parts.append(html.paragraph("The dataset names no subjects, so there is nothing to colour maps by."))
-    parts += ["<h3>Numbers by block</h3>", html.paragraph(EXPLANATION), html.figures(charts, 310)]
+    parts += ["<h3>Numbers by block</h3>", html.paragraph(EXPLANATION), html.figures(charts, 440)]
     parts.append(_table(measured, references, aligned))
     return Part(html="".join(parts), pictures=(*maps, *charts))
 
 
 EXPLANATION = (
     "Tokens are compared by cosine after their common mean is removed. The nearest neighbour of a token is looked for "
-    "among tokens of other examples that do not show the same pixels, so that a picture cannot be its own neighbour. "
-    "CKA tells how far tokens differ from each other as the VFM's do: 1 is the same but for rotation and scale. Shaded "
-    "blocks are those that training aligned."
+    "in other examples, among tokens that show other pixels at another place of their picture: the same patch of the "
+    "same picture would be near itself under any transformer, and references are framed alike, so that borders look "
+    "alike at the same place whoever is inside. The last number has no rule on places. CKA tells whether tokens "
+    "differ from each other as the VFM's do: 1 is the same but for rotation and scale. Shaded blocks were aligned."
 )
 
 
@@ -133,7 +143,10 @@ def block_charts(
 ) -> list[Picture]:
     """A chart for every number that can be told, a line for every state."""
     of_vfm = _numbers(references.vfm, references)
-    random = representation.chance(references.subjects, references.allowed)
+    random = {
+        "neighbour": representation.chance(references.subjects, references.allowed["elsewhere"]),
+        "anywhere": representation.chance(references.subjects, references.allowed["anywhere"]),
+    }
     last = list(measured)[-1]
     pictures = []
     for name, title in MEASURES.items():
@@ -149,8 +162,8 @@ def block_charts(
         ]
         if any(np.isfinite(curve.y).any() for curve in curves):
             levels = {"VFM": of_vfm[name]} if name != "cka" else {}
-            if name == "neighbour":
-                levels["chance"] = random
+            if name in random:
+                levels["chance"] = random[name]
             pictures.append(blocks(f"blocks_{stem}{name}", title, curves, shaded, levels))
     return pictures
 
@@ -158,9 +171,9 @@ def block_charts(
 def _table(measured: Mapping[str, Measured], references: References, aligned: int) -> str:
     """Every number of every block, then means over the aligned blocks and the VFM's own."""
     head, columns = ["block"], []
-    for name, title in MEASURES.items():
+    for name in MEASURES:
         for state, m in measured.items():
-            head.append(f"{title.split()[0].rstrip(',')}, {state}" if name != "cka" else f"CKA, {state}")
+            head.append(f"{SHORT[name]}, {state}")
             columns.append((name, m))
     layers = len(columns[0][1].values["cka"])
     rows: list[Sequence[object]] = [[str(i), *(float(m.values[n][i]) for n, m in columns)] for i in range(layers)]

@@ -11,6 +11,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 from sklearn.preprocessing import normalize
+from threadpoolctl import threadpool_limits
 
 from refalign_jax.types import Bool, Float, Int
 
@@ -74,13 +75,22 @@ def background(same: Bool[np.ndarray, "n n"], subjects: Int[np.ndarray, " n"]) -
     return (same & (subjects[:, None] != subjects)).any(1)
 
 
-def allowed_neighbours(same: Bool[np.ndarray, "n n"], examples: Int[np.ndarray, " n"]) -> Bool[np.ndarray, "n n"]:
+def allowed_neighbours(
+    same: Bool[np.ndarray, "n n"], examples: Int[np.ndarray, " n"], places: Int[np.ndarray, " n"] | None = None
+) -> Bool[np.ndarray, "n n"]:
     """Which token may be whose neighbour: one out of another example, that does not show the same pixels.
 
     Tokens of one example have seen each other through attention, and the same patch of the same picture is near itself
-    under any transformer: counting either would make the accuracy high before anything is learned.
+    under any transformer: counting either would make the accuracy 1 before anything is learned.
+
+    Args:
+      same: which tokens show the same pixels.
+      examples: the example of each.
+      places: of each in its picture, where tokens at the same place are to be left out too: references are framed
+        alike, so that their borders look alike at the same place whoever is in them.
     """
-    return ~same & (examples[:, None] != examples)
+    allowed = ~same & (examples[:, None] != examples)
+    return allowed if places is None else allowed & (places[:, None] != places)
 
 
 def principal_map(x: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n 2"]:
@@ -94,7 +104,8 @@ def tsne_map(x: Float[np.ndarray, "n D"]) -> Float[np.ndarray, "n 2"]:
     principal = principal_map(x)
     start = (principal / max(principal[:, 0].std(), 1e-12) * 1e-4).astype(np.float32)
     tsne = TSNE(2, perplexity=perplexity, init=start, metric="cosine", random_state=0)
-    return tsne.fit_transform(_directions(x))
+    with threadpool_limits(1):  # its loops are short: threads that share their cores with others took 13 times as long
+        return tsne.fit_transform(_directions(x))
 
 
 def _centred(x: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ def about(run: Run) -> str:
         "Width": config.model.dit.width,
         "Training time": _duration(seconds) if seconds else "not told",
         "Devices": made.get("devices", "not told"),
-        "Started": made.get("time", "not told"),
+        "Started": made.get("time", "not told").replace("T", " ").replace("+00:00", " UTC"),
         "Data": config.data.path or f"{config.synthetic.num_examples} synthetic examples",
         "Commit": made.get("commit", "unknown"),
         "Command": made.get("command", "not told"),
@@ -66,7 +66,7 @@ def losses(run: Run) -> Part:
             pictures.append(figures.losses(f"loss_{name}", title, (steps, values), run.series(f"held_out_{name}")))
         else:
             absent.append(title)
-    parts = [html.figures(pictures, 330)]
+    parts = [html.figures(pictures, 440)]
     if absent:
         parts.append(html.paragraph(f"Zero throughout, and not drawn: {'; '.join(absent)}.", "note"))
     if not len(run.series("held_out_loss")[0]):

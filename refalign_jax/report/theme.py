@@ -92,8 +92,8 @@ table.confusion td.none { color: transparent; }
 .sample .prompt { font-weight: 500; margin-bottom: 10px; max-width: none; }
 .media { display: flex; flex-wrap: wrap; gap: 12px 16px; align-items: flex-start; }
 .media .reference { width: 108px; }
-.media .video { width: 190px; }
-.media .frames { flex: 1 1 330px; }
+.media .video { width: 208px; }
+.media .frames { flex: 1 1 300px; }
 .media .frames img + img { margin-top: 6px; }
 .media img, .media video { border-radius: 6px; background: var(--soft); }
 .media .reference img { border: 1px solid var(--line); }
@@ -102,7 +102,8 @@ video { display: block; width: 100%; height: auto; }
   font-size: 0.88rem; color: var(--muted); }
 .scores b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; }
 .outcome { border-left: 4px solid var(--accent); padding: 8px 16px; background: var(--soft); border-radius: 0 8px 8px 0;
-  max-width: none; }
+  margin: 14px 0 18px; }
+.outcome p { margin: 4px 0; max-width: none; }
 button { font: inherit; color: var(--accent); background: none; border: 1px solid var(--line); border-radius: 8px;
   padding: 6px 14px; cursor: pointer; }
 button:hover { border-color: var(--accent); }

@@ -60,8 +60,8 @@ class References:
     """Of the subjects, by their number."""
     named: bool
     """Whether the dataset names subjects. If so, nameless ones are left out; if not, each is a subject of its own."""
-    allowed: Bool[np.ndarray, "n n"]
-    """Which token may be the neighbour of which; see `representation.allowed_neighbours`."""
+    allowed: Mapping[str, Bool[np.ndarray, "n n"]]
+    """Which token may be the neighbour of which; `elsewhere` and `anywhere` in the picture."""
     vfm: Float[np.ndarray, "n E"]
     """The VFM's tokens."""
 
@@ -100,7 +100,10 @@ def read_references(config: Config) -> References:
         subjects=subjects,
         names=tuple(known.tolist()),
         named=named,
-        allowed=representation.allowed_neighbours(same, place[0]),
+        allowed={
+            "elsewhere": representation.allowed_neighbours(same, place[0], place[2]),
+            "anywhere": representation.allowed_neighbours(same, place[0]),
+        },
         vfm=np.concatenate([row["vfm_features"] for row in rows])[place],
     )
 
