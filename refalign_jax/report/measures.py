@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -119,7 +120,7 @@ def describe(references: References, run: Run) -> str:
     return (
         f"{count:,} reference tokens of {who}, out of {examples} {which}. References are clean, the video beside them "
         f"is noised to t = {tokens.noise_time(run.config):.0f}, the median of training, with seed {tokens.SEED}. "
-        "Tokens that show the same in references of different subjects, such as white padding, are left out."
+        "Tokens that show nobody, such as white padding, are left out."
     )
 
 
@@ -133,7 +134,8 @@ def token_maps(sets: Mapping[str, Float[np.ndarray, "n _"]], references: Referen
     pictures = []
     for kind, project in (("PCA", representation.principal_map), ("t-SNE", representation.tsne_map)):
         for title, x in sets.items():
-            name = f"map_{kind.lower().replace('-', '')}_{stem}{title.replace(' ', '_').replace(',', '')}"
+            plain = re.sub(r"[^a-z0-9]+", "_", title.replace("λ", "lambda").lower()).strip("_")
+            name = f"map_{kind.lower().replace('-', '')}_{stem}{plain}"
             pictures.append(token_map(name, f"{kind}, {title}", project(x[chosen]), subjects, f"{kind} map"))
     return pictures
 

@@ -70,9 +70,14 @@ def same_pixels(patches: Float[np.ndarray, "n V"], tolerance: float = 0.05) -> B
     return distances <= np.square(tolerance) * max(2 * squares.mean(), 1e-12)
 
 
-def background(same: Bool[np.ndarray, "n n"], subjects: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
-    """Tokens that show what a token of another subject shows too, such as white padding: they belong to nobody."""
-    return (same & (subjects[:, None] != subjects)).any(1)
+def background(same: Bool[np.ndarray, "n n"], owners: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+    """Tokens that show what a token of another owner shows too, such as white padding: they show nobody.
+
+    Args:
+      same: which tokens show the same pixels.
+      owners: subject of each; where subjects have no names, its place in the picture.
+    """
+    return (same & (owners[:, None] != owners)).any(1)
 
 
 def allowed_neighbours(

@@ -89,7 +89,7 @@ def read_references(config: Config) -> References:
     if len(labels):
         known, subjects = np.unique(labels.astype(str), return_inverse=True)
         same = representation.same_pixels(_patches(rows, config.model.dit)[place])
-        shown = ~representation.background(same, subjects)
+        shown = ~representation.background(same, subjects if named else place[2])
         place, subjects, same = _take(place, shown), subjects[shown], same[shown][:, shown]
     if len(place[0]) < 3:
         raise ValueError(f"The last {count} examples of {config.data.path} have no references that show a subject.")

@@ -1,0 +1,148 @@
+"""The page as a whole: what is there, what is left out, and that a browser shows it."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import chromium
+import numpy as np
+import pytest
+from PIL import Image
+from reported import recipe, write_run
+
+from refalign_jax.report import html, page
+
+TOOL = Path(__file__).parents[2] / "tools" / "report.py"
+
+
+@pytest.fixture(scope="module")
+def report(runs, tmp_path_factory):
+    """The report of a run that has everything, with two pairs."""
+    out = tmp_path_factory.mktemp("page") / "all.html"
+    page.write_report(runs["a0"], out, [(runs["a0"], runs["b0"]), (runs["a1"], runs["b1"])])
+    return out
+
+
+def text_of(path):
+    return re.sub(r"<[^>]*>", " ", path.read_text(encoding="utf-8"))
+
+
+def test_everything_is_there_and_nothing_comes_from_elsewhere(report):
+    source = report.read_text(encoding="utf-8")
+    assert set(re.findall(r'(?:src|href|srcset)="([^"]{5})', source)) == {
+        "data:",
+        "#loss",
+        "#samp",
+        "#eval",
+        "#toke",
+        "#comp",
+    }
+    assert "http" not in re.sub(r"base64,[^\"]*", "", source)
+    told = text_of(report)
+    for part in (
+        "40 of 40",
+        "1,234",
+        "A &lt;rocket&gt; &amp; more.",
+        "Several subjects",
+        "0.875",
+        "48 reference tokens of 3 subjects, out of 8 held-out examples",
+        "Nearest-neighbour subject accuracy is ",
+        "seed 1",
+        "Not every run of the pairs has an evaluation.json",
+    ):
+        assert part in told, part
+    assert source.count("<video") == 5
+    assert not re.search(r"<img(?![^>]* alt=\"[^\"]+\")", source)
+
+
+def test_every_chart_is_a_file_too(report):
+    files = sorted(report.with_name("all_figures").iterdir())
+    names = {file.stem for file in files}
+    assert {"loss_loss", "loss_pull", "map_pca_before_training", "map_tsne_of_the_vfm", "blocks_cka"} <= names
+    assert {
+        "compare_cka",
+        "blocks_compare_neighbour",
+        "map_tsne_compare_with_alignment",
+        "map_pca_compare_lambda_0",
+    } <= names
+    assert len(files) == report.read_text(encoding="utf-8").count('class="chart"')
+    for file in files:
+        assert np.asarray(Image.open(file).convert("L")).std() > 5, file
+
+
+def test_what_a_run_lacks_is_left_out_with_a_sentence(tmp_path, trained, capsys):
+    folder = write_run(recipe(tmp_path / "run", "", weight=0.0), trained)
+    (folder / "metrics.jsonl").unlink()
+    shutil.rmtree(folder / "checkpoints")
+    page.report(folder)
+    assert capsys.readouterr().out == f"The report is {folder / 'report.html'}.\n"
+    told = text_of(folder / "report.html")
+    for part in (
+        "without reference alignment (λ = 0)",
+        "there are no losses to draw",
+        "has no sampled videos",
+        "has no evaluation.json",
+        "The reference tokens are left out: ",
+    ):
+        assert part in told, part
+    assert not (folder / "report_figures").exists()
+
+
+def test_no_run_is_one_sentence(tmp_path):
+    done = subprocess.run([sys.executable, str(TOOL), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .* is no run's folder: [^\n]*\n", done.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_output_and_failures_leave_nothing_half_written(runs, tmp_path, monkeypatch):
+    for out in (tmp_path / "report.pdf", tmp_path / "none" / "report.html"):
+        with pytest.raises(ValueError, match=r"name an \.html file in a folder that exists"):
+            page.write_report(runs["b0"], out)
+    out = tmp_path / "report.html"
+    out.write_text("before")
+    monkeypatch.setattr(html, "page", lambda *_: "\ud800")  # which UTF-8 can't write
+    monkeypatch.setattr(page, "tokens_part", lambda _: page.Part(html=""))
+    with pytest.raises(UnicodeEncodeError):
+        page.write_report(runs["b0"], out)
+    assert out.read_text() == "before"
+
+
+OVERFLOWING = """[...document.querySelectorAll("main *")].filter(e => !e.closest(".scroll")
+  && e.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
+
+
+@pytest.mark.skipif(chromium.BROWSER is None, reason="no Chromium on this machine")
+def test_a_browser_shows_it_on_a_desktop_and_a_phone(report):
+    with chromium.page() as tab:
+        for width, dark in ((1280, False), (390, True), (390, False)):
+            tab.show(report, width, dark=dark)
+            charts = tab.evaluate("[...document.images].map(i => i.naturalWidth)")
+            assert len(charts) > 20
+            assert min(charts) > 0
+            videos = tab.evaluate("[...document.querySelectorAll('video')].map(v => [v.readyState, v.videoWidth])")
+            assert len(videos) == 5
+            assert min(videos) >= [1, 32]
+            assert tab.evaluate("document.documentElement.clientWidth") >= width - 20  # a scroll bar
+            assert tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+            assert tab.evaluate(OVERFLOWING) == []
+            background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert background == ("rgb(21, 24, 28)" if dark else "rgb(255, 255, 255)")
+        tab.evaluate("document.querySelector('button.play').click()")
+        tab.wait_for("[...document.querySelectorAll('video')].every(v => v.currentTime > 0)")
+        assert tab.complaints == []
+
+
+@pytest.mark.skipif(chromium.BROWSER is None, reason="no Chromium on this machine")
+def test_the_browser_would_complain(tmp_path):
+    """The test above can fail: errors on the console and pages that are too wide are seen."""
+    bad = tmp_path / "bad.html"
+    bad.write_text(
+        '<meta name="viewport" content="width=device-width"><p style="width:600px">x</p><script>fail()</script>'
+    )
+    with chromium.page() as tab:
+        tab.show(bad, 390)
+        assert tab.evaluate("document.documentElement.scrollWidth") > 390
+        assert any("fail is not defined" in complaint for complaint in tab.complaints)
