@@ -180,7 +180,7 @@ def open_generator(weights: str, config: GenerateConfig) -> Generator:
     changes = {name: getattr(config, name) for name in ("num_steps", "shift", "reference_guidance", "text_guidance")}
     sampling = dataclasses.replace(run.sampling, **{name: v for name, v in changes.items() if v is not None})
     run = dataclasses.replace(run, sampling=sampling)
-    codec, text, size = _open_encoders(run.data.path if config.dataset is None else config.dataset, config)
+    codec, text, size = _open_encoders(run, config)
     _check_fit(run.model, codec, text, size)
     mesh = make_mesh(MeshConfig(fsdp=config.fsdp))
     shapes = {"dit": model_shapes(run.model)["dit"]}
@@ -217,11 +217,12 @@ def _read_run(weights: str, ema: bool) -> tuple[Config, str]:
     return Config(model=from_dict(ModelConfig, values, str(folder))), f"{folder}/{item}"
 
 
-def _open_encoders(dataset: str, config: GenerateConfig) -> tuple[VideoCodec, TextEncoder, tuple[int, int, int]]:
+def _open_encoders(run: Config, config: GenerateConfig) -> tuple[VideoCodec, TextEncoder, tuple[int, int, int]]:
     """Codec, text encoder and size of a video: what the flags name, the rest as the dataset has it."""
-    made: Mapping[str, Any] = {}
+    dataset = run.data.path if config.dataset is None else config.dataset
+    dit, made = run.model.dit, dict[str, Any]()
     if dataset and not (config.vae and config.text_encoder and config.height and config.width and config.num_frames):
-        made = read_manifest(dataset).made
+        made = dict(read_manifest(dataset).made)
     described, settings = made.get("encoders", {}), made.get("settings", {})
     for name, flag in (("video", "vae"), ("text", "text_encoder")):
         if not getattr(config, flag) and name not in described:
@@ -231,12 +232,12 @@ def _open_encoders(dataset: str, config: GenerateConfig) -> tuple[VideoCodec, Te
             )
     batch = config.batch_size
     codec = (
-        open_video_codec(config.vae, batch_size=batch)
+        open_video_codec(config.vae, dct_channels=dit.latent_channels, batch_size=batch)
         if config.vae
         else reopen_video_codec(described["video"], batch_size=batch)
     )
     text = (
-        open_text_encoder(config.text_encoder, batch_size=batch)
+        open_text_encoder(config.text_encoder, word_width=dit.text_width, batch_size=batch)
         if config.text_encoder
         else reopen_text_encoder(described["text"], batch_size=batch)
     )

@@ -29,11 +29,12 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from refalign_jax import flops, preflight
+from refalign_jax import distributed, flops, preflight
 from refalign_jax.checkpoint import Checkpoints
 from refalign_jax.convert.table import count
 from refalign_jax.data.encoders import VideoCodec
 from refalign_jax.data.loader import BatchIterator, DataConfig, Source, make_loader
+from refalign_jax.distributed import Watch
 from refalign_jax.initial import random_params
 from refalign_jax.metrics import Log, Meter, Profiler, about, write_config
 from refalign_jax.objective import Batch, Terms, objective
@@ -230,6 +231,12 @@ def train(config: Config) -> None:
       ValueError, OSError: what a user can mend, in one sentence.
     """
     _start_jax(config)
+    with Watch(config.train) as watch:
+        _train(config, watch)
+
+
+def _train(config: Config, watch: Watch) -> None:
+    """As `train`, where JAX has its settings and the processes have joined."""
     mesh = make_mesh(config.mesh)
     check_batch(config.data.batch_size, config.optimizer.accumulation, mesh)
     split(jax.eval_shape(lambda: random_params(config.model, jax.random.key(0))), config.optimizer.freeze)
@@ -254,7 +261,7 @@ def train(config: Config) -> None:
         if first:
             write_config(folder, config, made)
         with Log(folder, int(state.step), config.train.steps, made, enabled=first) as log, _memory_in_one_sentence():
-            _loop(state, loader, source, empty_text, codec, config, mesh, checkpoints, log, stop, made)
+            _loop(state, loader, source, empty_text, codec, config, mesh, checkpoints, log, stop, made, watch)
 
 
 def _loop(
@@ -269,6 +276,7 @@ def _loop(
     log: Log,
     stop: threading.Event,
     made: Mapping[str, Any],
+    watch: Watch,
 ) -> None:
     """The steps that are left. The host reads a step's metrics while the devices are busy with the next."""
     run, start = config.train, int(state.step)
@@ -282,7 +290,7 @@ def _loop(
                     rows = next(loader)
             except (ValueError, OSError):  # the data failed, what was learned is good
                 _report(unread, meter, log, checkpoints, run.max_skipped)
-                if done > start:
+                if done > start and jax.process_count() == 1:  # several would have to save together
                     log.sync()
                     save(state, loader.get_state(), config, made, checkpoints)
                 raise
@@ -291,11 +299,13 @@ def _loop(
                 if stop.is_set():
                     return  # before anything was done that could be lost
                 program, told = compile_step(state, batch, empty_text, config, mesh)
+                watch.meet("compiled")
                 log.note(told)
                 meter.restart()
             profiler.step(state.step)
             state, metrics = program(state, batch, empty_text)
             _report(unread, meter, log, checkpoints, run.max_skipped)
+            watch.step(done)
             done += 1
             unread = done, rows["ids"].tolist(), metrics
 
@@ -373,7 +383,7 @@ def _start_jax(config: Config) -> None:
     for name in ("absl", "asyncio"):  # Orbax prints tracebacks of what it also raises
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if config.train.distributed:
-        jax.distributed.initialize()
+        distributed.join(config.train)
     if config.train.compilation_cache:
         preflight.check_folder(config.train.compilation_cache, "train.compilation_cache")
         jax.config.update("jax_compilation_cache_dir", config.train.compilation_cache)

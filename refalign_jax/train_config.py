@@ -146,7 +146,10 @@ class TrainConfig:
       profile_steps: its length; 0, no profile.
       compilation_cache: folder where compiled programs are kept between runs; empty, nowhere.
       peak_tflops: of one device, for MFU; 0, known by the device's name.
-      distributed: initialise jax.distributed, one process a host, before anything else.
+      distributed: join other processes through jax.distributed, usually one a host; see `refalign_jax.distributed`.
+      lost_after_seconds: of silence, after which another process counts as lost and this one ends; JAX's own default.
+      stalled_after_seconds: without a finished step, after which a process ends, telling where it is; 0, never. An
+        hour is more than compiling, a preview or a checkpoint should take.
     """
 
     folder: str = ""
@@ -166,12 +169,15 @@ class TrainConfig:
     compilation_cache: str = ""
     peak_tflops: float = 0.0
     distributed: bool = False
+    lost_after_seconds: float = 100.0
+    stalled_after_seconds: float = 3600.0
 
     def __post_init__(self) -> None:
         """Refuses counts below their least."""
         _check_least(self, 1, "steps", "save_every", "keep", "previews")
         _check_least(self, 0, "max_skipped", "held_out_every", "preview_every", "profile_start", "profile_steps")
-        _check_least(self, 0, "peak_tflops", "seed")
+        _check_least(self, 0, "peak_tflops", "seed", "stalled_after_seconds")
+        _check_least(self, 1, "lost_after_seconds")
         if self.seed >= 2**32:
             raise ValueError(f"TrainConfig.seed={self.seed} must be below 2^32.")
         if "://" in self.folder:
