@@ -4,25 +4,29 @@
     of a training run       params · ema · optimizer · config (the whole Config as JSON) · progress (JSON: step, random
                             key, skipped batches, data iterator, versions, commit)
 
-A run keeps its checkpoints in one folder, each under the number of its step. Saving copies to the host, then writes in
-the background. Reading parameters reads nothing else.
+A run keeps its checkpoints in one folder, each under the number of its step. Saving copies to the host what its
+devices hold, then writes in the background. Reading parameters reads nothing else. Stacks of layers are stored in
+chunks of one layer, so that a layer can be read alone.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import math
 import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath
 
 from refalign_jax.config import ModelConfig
@@ -39,13 +43,33 @@ JSONS = ("config", "progress")
 """Items that are JSON."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Unread:
+    """An array that `save_params` reads while it writes, layer by layer, so that it is never in memory as a whole.
+
+    Attributes:
+      shape: of the array.
+      dtype: of the array.
+      read: returns the block at an index, a tuple of slices.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[tuple[slice, ...]], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        """Number of scalars."""
+        return math.prod(self.shape)
+
+
 def save_params(path: PathLike, params: Params, config: ModelConfig) -> None:
     """Writes parameters and their configuration.
 
     Args:
       path: a folder that does not exist yet.
-      params: {"dit": …} with or without {"projectors": …}; jax arrays of any sharding (numpy arrays work too, but Orbax
-        copies those whole).
+      params: {"dit": …} with or without {"projectors": …}; jax arrays of any sharding, or all of them `Unread` (numpy
+        arrays work too, but Orbax copies those whole).
       config: the model they belong to.
 
     Raises:
@@ -54,11 +78,12 @@ def save_params(path: PathLike, params: Params, config: ModelConfig) -> None:
     folder = _absolute(path)
     if folder.exists():
         raise ValueError(f"{folder} exists; it is not overwritten. Name another folder or remove it.")
-    with ocp.Checkpointer(_composite()) as checkpointer:
+    unread = isinstance(jax.tree.leaves(params)[0], Unread)
+    with ocp.Checkpointer(_composite(unread)) as checkpointer:
         checkpointer.save(
             folder,
             args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(params),
+                params=_by_layer(params),
                 config=ocp.args.JsonSave(dataclasses.asdict(config)),
             ),
         )
@@ -76,6 +101,27 @@ def load_params(path: PathLike, ema: bool = False) -> tuple[dict[str, Any], Mode
     """
     folder, item = find_checkpoint(path, ema)
     return read_arrays(folder, item), read_model(folder)
+
+
+def open_params(path: PathLike, ema: bool = False) -> tuple[dict[str, Any], ModelConfig]:
+    """As `load_params`, but reads nothing yet: `np.asarray(array[i])` reads layer i of a stack and no more.
+
+    Returns:
+      The parameters as `tensorstore.TensorStore`s, whose numpy dtype is `array.dtype.numpy_dtype`; the model.
+    """
+    folder, item = find_checkpoint(path, ema)
+    base = os.fspath(folder / item)
+    base = base if "://" in base else f"file://{base}"
+
+    def opened(path: tuple[Any, ...], _: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        store = {"driver": "ocdbt", "base": f"{base}/", "path": f"{name}/"}
+        return ts.open({"driver": "auto", "kvstore": store}, read=True, open=True).result()
+
+    try:
+        return jax.tree_util.tree_map_with_path(opened, _shapes(folder, item)), read_model(folder)
+    except ValueError as error:
+        raise ValueError(f"{base} can't be read ({_first_line(error)}); the checkpoint is not whole.") from error
 
 
 def read_arrays(folder: PathLike, item: str) -> dict[str, Any]:
@@ -204,7 +250,7 @@ class Checkpoints:
         Raises:
           OSError: this or the previous checkpoint can't be written.
         """
-        items: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in arrays.items()}
+        items: dict[str, Any] = {name: _by_layer(tree) for name, tree in arrays.items()}
         items |= {"config": ocp.args.JsonSave(dict(config)), "progress": ocp.args.JsonSave(dict(progress))}
         self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
 
@@ -294,17 +340,47 @@ def _is_tuple(hint: Any) -> bool:
     return any(typing.get_origin(option) is tuple for option in options)
 
 
-def _arrays() -> ocp.PyTreeCheckpointHandler:
-    """Writes and reads arrays; of large ones no more than 1 GB is on its way to disk at a time.
+class _UnreadHandler(ocp.type_handlers.NumpyHandler):
+    """Writes `Unread` arrays one after the other, a layer at a time; they look as if numpy arrays had been saved."""
 
-    Weights hardly compress, and compressing them costs four times the time and 1 GB more.
+    def __init__(self) -> None:
+        super().__init__(deepcopy_host_arrays=False)
+        self._turn = asyncio.Lock()
+
+    async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: ts.Context) -> None:
+        layers = range(value.shape[0]) if _is_stack(value) else [...]
+        async with self._turn:
+            store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            for i in layers:
+                index = () if i is ... else (slice(i, i + 1),)
+                await store[index].write(value.read(index))
+
+
+def _is_stack(array: Any) -> bool:
+    """Whether this is a stack of matrices; what has two axes is a single one, or a stack of vectors, which is small."""
+    return len(array.shape) > 2
+
+
+def _by_layer(tree: Any) -> ocp.args.PyTreeSave:
+    """Saves arrays, stacks of matrices in chunks of one layer."""
+    args = jax.tree.map(lambda x: ocp.SaveArgs(shard_axes=(0,) if _is_stack(x) else ()), tree)
+    return ocp.args.PyTreeSave(tree, save_args=args)
+
+
+def _arrays(unread: bool = False) -> ocp.PyTreeCheckpointHandler:
+    """Writes and reads arrays, or writes `Unread` ones.
+
+    Weights hardly compress, and compressing them costs four times the time. Writing copies nothing, so it needs no
+    limit on what is on its way (with one, Orbax refuses any array that is larger).
     """
     sys.unraisablehook = _without_late_callbacks
-    return ocp.PyTreeCheckpointHandler(save_concurrent_gb=1, use_compression=False)
+    handlers = ocp.type_handlers.create_type_handler_registry((Unread, _UnreadHandler()))
+    more = {"type_handler_registry": handlers} if unread else {}
+    return ocp.PyTreeCheckpointHandler(use_compression=False, save_concurrent_gb=None, **more)
 
 
-def _composite() -> ocp.CompositeCheckpointHandler:
-    handlers: dict[str, Any] = {name: _arrays() for name in ARRAYS}
+def _composite(unread: bool = False) -> ocp.CompositeCheckpointHandler:
+    handlers: dict[str, Any] = {name: _arrays(unread) for name in ARRAYS}
     return ocp.CompositeCheckpointHandler(**handlers, **{name: ocp.JsonCheckpointHandler() for name in JSONS})
 
 

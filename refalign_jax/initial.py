@@ -14,7 +14,7 @@ from refalign_jax.config import ModelConfig
 from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.infer import infer_config, infer_names
-from refalign_jax.convert.table import flatten, to_ours, unflatten
+from refalign_jax.convert.table import Stored, flatten, stored, unflatten
 from refalign_jax.params import init_model
 from refalign_jax.types import Array, Params
 
@@ -68,7 +68,7 @@ def _is_checkpoint(path: str) -> bool:
 
 
 def _published(weights: str, model: ModelConfig, shapes: Params) -> dict[str, Any]:
-    """Reads published safetensors; refuses those of another model."""
+    """Reads published safetensors, each process only what its devices hold; refuses those of another model."""
     opened = open_weights(weights)
     _, has_projectors = infer_config(opened.shapes, opened.source, model.dit.num_heads)
     if "projectors" not in shapes:  # a model without alignment has no use for them
@@ -77,12 +77,14 @@ def _published(weights: str, model: ModelConfig, shapes: Params) -> dict[str, An
         opened = dataclasses.replace(opened, shapes=kept)
     wanted = dict(shapes) if has_projectors else {"dit": shapes["dit"]}
     table = model_table(model.dit, model.alignment if has_projectors else None, infer_names(opened.shapes))
-    host, places = flatten(to_ours(table, wanted, opened)), flatten(wanted)
+    return unflatten(
+        {path: _place(flatten(wanted)[path], leaf) for path, leaf in flatten(stored(table, wanted, opened)).items()}
+    )
 
-    def place(path: str) -> Array:
-        value, target = host.pop(path), places[path]
-        return jax.make_array_from_callback(
-            target.shape, target.sharding, lambda index: np.asarray(value[index], target.dtype)
-        )
 
-    return unflatten({path: place(path) for path in list(host)})
+def _place(target: jax.ShapeDtypeStruct, leaf: Stored) -> Array:
+    """Reads one parameter onto the devices, block by block; done when it returns, so that the host holds no two."""
+    array = jax.make_array_from_callback(
+        target.shape, target.sharding, lambda index: np.asarray(leaf[index or ()], target.dtype)
+    )
+    return array.block_until_ready()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -13,16 +14,26 @@ import pytest
 import tiny
 from runs import MODEL, recipe
 
-from refalign_jax.checkpoint import Checkpoints, find_checkpoint, from_dict, load_params, read_json, save_params
+from refalign_jax.checkpoint import (
+    Checkpoints,
+    Unread,
+    find_checkpoint,
+    from_dict,
+    load_params,
+    open_params,
+    read_json,
+    save_params,
+)
 from refalign_jax.config import AlignmentConfig, ModelConfig
 from refalign_jax.convert.dit import model_table
-from refalign_jax.convert.files import write_weights
-from refalign_jax.convert.table import flatten, published_shapes, to_published
+from refalign_jax.convert.files import open_weights, write_weights
+from refalign_jax.convert.table import Stored, flatten, published_shapes, to_ours, to_published
+from refalign_jax.convert.transfer import export_weights
 from refalign_jax.initial import initial_params
 from refalign_jax.preflight import check_same_run
 from refalign_jax.sharding import make_mesh
 from refalign_jax.state import begin, save, state_shapes
-from refalign_jax.train_config import Config
+from refalign_jax.train_config import Config, MeshConfig
 
 
 def equal(ours, theirs) -> bool:
@@ -48,10 +59,66 @@ def params():
     return jax.device_get(tiny.params(MODEL))
 
 
+def published(folder, tree, table):
+    """Parameters written as safetensors under the names of a table."""
+    sizes = published_shapes(table, tree)
+    ordered = {name: sizes[name] for entry in table for name in entry.names}
+    path = folder / "model.safetensors"
+    write_weights(path, to_published(table, tree), ordered, dict.fromkeys(ordered, np.dtype(np.float32)), 10**9)
+    return path
+
+
 def shapes(model: ModelConfig = MODEL, **alignment):
     """Shapes with places of the parameters of a recipe's model."""
     config = Config(model=dataclasses.replace(model, alignment=dataclasses.replace(model.alignment, **alignment)))
     return config.model, state_shapes(config, make_mesh(config.mesh)).params
+
+
+def test_layers_are_written_and_read_one_at_a_time(run, tmp_path, params):
+    """So no process holds a stack, whatever its depth; Orbax's own layout would be one chunk a device."""
+    indices = []
+
+    def unread(array):
+        return Unread(array.shape, array.dtype, lambda index: indices.append(index) or array[index])
+
+    save_params(tmp_path / "p", jax.tree.map(unread, params), MODEL)
+    assert {len(range(*index[0].indices(3))) for index in indices if index} == {1}
+    assert equal(load_params(tmp_path / "p")[0], params)
+    for folder in (tmp_path / "p", run[0]):
+        opened, model = open_params(folder)
+        assert model == MODEL
+        for array, expected in zip(jax.tree.leaves(opened), jax.tree.leaves(params), strict=True):
+            assert array.shape == expected.shape
+            assert array.ndim < 3 or array.chunk_layout.read_chunk.shape[0] == 1
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_parameters_or_the_average_of_a_run_are_exported(run, tmp_path, ema):
+    export_weights(run[0], tmp_path / "out.safetensors", projectors=True, ema=ema)
+    table = model_table(MODEL.dit, MODEL.alignment)
+    written = to_ours(table, run[1], open_weights(tmp_path / "out.safetensors"))
+    assert equal(written, run[2 if ema else 1])
+
+
+def test_of_published_weights_each_device_reads_its_share(tmp_path, params, monkeypatch):
+    path = published(tmp_path, params, model_table(MODEL.dit, MODEL.alignment))
+    config = Config(model=MODEL, mesh=MeshConfig(fsdp=8))
+    targets = state_shapes(config, make_mesh(config.mesh)).params
+    read, blocks = Stored.__getitem__, []
+
+    def counted(self, index):
+        block = read(self, index)
+        blocks.append((self.entry.path, block.shape))
+        return block
+
+    monkeypatch.setattr(Stored, "__getitem__", counted)
+    loaded, _ = initial_params(str(path), False, MODEL, targets, jax.random.key(0))
+    assert equal(loaded, params)
+    for name, shape in blocks:
+        target = flatten(targets)[name]
+        assert shape == target.sharding.shard_shape(target.shape)
+    wide = [shape for name, shape in blocks if name == "dit/blocks/ffn/in/kernel"]
+    assert [8 * math.prod(shape) for shape in wide] == [3 * 24 * 40] * 8
 
 
 def test_parameters_round_trip_and_are_not_overwritten(tmp_path, params):
@@ -152,10 +219,7 @@ def test_a_run_starts_from_sixteen_bit_weights_without_projectors(tmp_path, para
 def test_a_run_starts_from_published_weights(tmp_path, params, projectors, names):
     table = model_table(MODEL.dit, MODEL.alignment if projectors else None, names)
     tree = params if projectors else {"dit": params["dit"]}
-    sizes = published_shapes(table, tree)
-    ordered = {name: sizes[name] for entry in table for name in entry.names}
-    path = tmp_path / "model.safetensors"
-    write_weights(path, to_published(table, tree), ordered, dict.fromkeys(ordered, np.dtype(np.float32)), 10**9)
+    path = published(tmp_path, tree, table)
     loaded, said = initial_params(str(path), False, *shapes(), jax.random.key(0))
     assert equal(loaded["dit"], params["dit"])
     assert equal(loaded["projectors"], params["projectors"]) is projectors

@@ -1,73 +1,109 @@
-"""Time and peak memory of converting a full-shape RefAlign checkpoint of random weights both ways.
+"""Time and peak memory of converting a full-shape RefAlign checkpoint of random weights both ways, on Linux.
 
-python tools/benchmark_convert.py [--size 1.3b] [--dtype bfloat16]
+python tools/benchmark_convert.py [--size 1.3b] [--dtype float32] [--fsdp 8]
 """
 
 import hashlib
-import subprocess
-import sys
+import multiprocessing
+import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refalign_jax.checkpoint import read_model, restore_params, save_params
 from refalign_jax.command import run
 from refalign_jax.config import AlignmentConfig, ModelConfig, wan_1_3b, wan_14b
 from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.files import open_weights, write_weights
 from refalign_jax.convert.table import published_shapes
+from refalign_jax.convert.transfer import export_weights, import_weights
 from refalign_jax.params import model_shapes
+from refalign_jax.sharding import make_mesh, state_sharding
+from refalign_jax.train_config import MeshConfig
 
 
 def main(
     *,
     size: Literal["1.3b", "14b"] = "1.3b",
-    dtype: Literal["bfloat16", "float32"] = "bfloat16",
+    dtype: Literal["bfloat16", "float32"] = "float32",
+    fsdp: int = 8,
     folder: Path | None = None,
 ) -> None:
-    """Writes random weights, converts them to a checkpoint and back in processes of their own, compares the bytes.
+    """Writes random weights, converts them to a checkpoint, spreads that over devices, converts it back.
+
+    Each in a process of its own, whose memory is told before and at its peak; at the end the bytes are compared.
 
     Args:
       size: which model, with its nine projectors.
-      dtype: of the weights.
-      folder: where the files go, some 9 GB for 1.3b in bfloat16; by default a temporary one.
+      dtype: of the weights; float32 is what a training run saves.
+      fsdp: simulated devices over which the checkpoint that is exported was saved.
+      folder: where the files go, some 23 GB for 1.3b in float32; by default a temporary one.
     """
     config = ModelConfig(dit=wan_1_3b() if size == "1.3b" else wan_14b(), alignment=AlignmentConfig())
     shapes = published_shapes(model_table(config.dit, config.alignment), model_shapes(config))
     stored = np.dtype(jnp.dtype(dtype))
     rng = np.random.default_rng(0)
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={fsdp}"  # of the processes to come
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        first, checkpoint, second = (
-            Path(temporary) / name for name in ("a.safetensors", "checkpoint", "b.safetensors")
+        first, imported, spread, last = (
+            Path(temporary) / name for name in ("a.safetensors", "imported", "spread", "b.safetensors")
         )
         tensors = ((name, rng.standard_normal(shape, np.float32).astype(stored)) for name, shape in shapes.items())
         write_weights(first, tensors, shapes, dict.fromkeys(shapes, stored), max_shard_bytes=10**12)
-        held = first.stat().st_size
-        print(f"{first.name}: {len(shapes)} tensors, {held / 2**30:.2f} GiB")
-        _timed("import", str(first), str(checkpoint), held=held)
-        _timed("export", str(checkpoint), str(second), "--projectors", "--max-shard-gb", "1000", held=held)
-        before, after = open_weights(first), open_weights(second)
+        print(f"{first.name}: {len(shapes)} tensors, {first.stat().st_size / 2**30:.2f} GiB")
+        _alone(import_weights, first, imported)
+        _alone(_spread, imported, spread, fsdp)
+        _alone(export_weights, spread, last, True, "wan", 10**12)
+        before, after = open_weights(first), open_weights(last)
         equal = all(_digest(before.read(name)) == _digest(after.read(name)) for name in shapes)
-        print(f"every tensor byte-equal after both ways: {equal}")
+        print(f"every tensor byte-equal after all: {equal}")
 
 
-def _timed(*arguments: str, held: int) -> None:
-    """Runs one conversion and prints its time and its peak resident memory, absolute and beyond the parameters."""
-    code = (
-        "import resource, runpy, sys\n"
-        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "finally:\n    print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+def _spread(source: Path, target: Path, fsdp: int) -> None:
+    """Saves a checkpoint again, now as a run over `fsdp` devices does."""
+    model = read_model(source)
+    shapes = model_shapes(model)
+    stored = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        shapes,
+        state_sharding(shapes, make_mesh(MeshConfig(fsdp=fsdp))),
     )
-    script = str(Path(__file__).with_name("convert.py"))
-    started = time.perf_counter()
-    command = [sys.executable, "-c", f"import sys; sys.argv = [{script!r}, *sys.argv[1:]]\n{code}", *arguments]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    seconds = time.perf_counter() - started
-    peak = int(output.split("peak")[-1]) * (1 if sys.platform == "darwin" else 1024)
-    print(f"{arguments[0]}: {seconds:.0f} s, peak {peak / 2**30:.2f} GiB, {(peak - held) / 2**30:.2f} GiB beyond them")
+    save_params(target, restore_params(source, stored), model)
+
+
+def _alone(function: Callable[..., Any], *arguments: Any) -> None:
+    """Runs a function in a process of its own and prints what that took."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    process = context.Process(target=_measured, args=(queue, function, arguments))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise ValueError(f"{function.__name__} ended with exit code {process.exitcode}.")
+    seconds, idle, peak = queue.get()
+    print(
+        f"{function.__name__}: {seconds:.0f} s; memory {idle:.2f} GiB idle, {peak:.2f} GiB at its peak, "
+        f"{peak - idle:.2f} GiB more"
+    )
+
+
+def _measured(queue: Any, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    jax.devices()
+    idle, started = _memory("VmRSS"), time.perf_counter()
+    function(*arguments)
+    queue.put((time.perf_counter() - started, idle, _memory("VmHWM")))
+
+
+def _memory(field: str) -> float:
+    """GiB of resident memory: VmRSS now, VmHWM at the most until now."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
 
 
 def _digest(value: np.ndarray) -> str:

@@ -37,17 +37,19 @@ def export(
     projectors: bool = False,
     names: Names = "wan",
     max_shard_gb: float = 10.0,
+    ema: bool = False,
 ) -> None:
     """Writes a checkpoint's transformer as safetensors under the published names, dtypes kept.
 
     Args:
-      checkpoint: a checkpoint of parameters.
+      checkpoint: a checkpoint of parameters or of a training run, or a run's folder, of which the newest is taken.
       weights: the file to write, ending in .safetensors; beyond `max_shard_gb` it becomes shards and an index.
       projectors: include the projectors, which training continues with and inference does not need.
       names: wan, as RefAlign and Wan2.1 publish, or diffusers.
       max_shard_gb: the most one file holds, in 10^9 bytes.
+      ema: the moving average in place of the parameters.
     """
-    print(transfer.export_weights(checkpoint, weights, projectors, names, int(max_shard_gb * 1e9)))
+    print(transfer.export_weights(checkpoint, weights, projectors, names, int(max_shard_gb * 1e9), ema))
 
 
 if __name__ == "__main__":

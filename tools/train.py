@@ -3,7 +3,6 @@
 `--help` shows every field with its type and the recipe's value. A run that finds checkpoints in its folder goes on.
 """
 
-import importlib.util
 import logging
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import tyro
 
 from refalign_jax.command import _exit
+from refalign_jax.recipe import read_recipe
 from refalign_jax.train_config import Config
 
 
@@ -27,28 +27,6 @@ def parse(arguments: list[str]) -> Config:
     return tyro.cli(
         Config, default=default, args=rest, description=__doc__, prog=f"tools/train.py {recipe or 'RECIPE'}"
     )
-
-
-def read_recipe(path: Path) -> Config:
-    """What a recipe's get_config() returns.
-
-    Raises:
-      ValueError: no Python file with such a function.
-    """
-    if path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"{path} is no recipe; name a Python file with get_config(), as under configs/.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
-    except (AttributeError, ImportError, SyntaxError, NameError, TypeError) as error:
-        raise ValueError(f"{path} is no recipe that can be read: {error}.") from error
-    if not isinstance(config, Config):
-        raise ValueError(f"{path}: get_config() returns {type(config).__name__}; it must return a Config.")
-    return config
 
 
 def main(arguments: list[str]) -> int:

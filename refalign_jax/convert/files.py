@@ -45,13 +45,15 @@ class SafetensorsWeights:
     files: Mapping[str, Path]
 
     def read(self, name: str) -> np.ndarray:
-        """Returns one tensor as stored; only its bytes are read."""
+        """Returns one tensor as stored, mapped into memory read-only: what is not looked at is not read."""
         path = self.files[name]
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             begin, end = json.loads(file.read(length))[name]["data_offsets"]
-            file.seek(8 + length + begin)
-            return np.frombuffer(file.read(end - begin), self.dtypes[name]).reshape(self.shapes[name])
+            if begin == end:
+                return np.empty(self.shapes[name], self.dtypes[name])
+            raw = np.memmap(file, np.uint8, "r", 8 + length + begin, (end - begin,))
+            return np.asarray(raw).view(self.dtypes[name]).reshape(self.shapes[name])
 
 
 def open_weights(path: str | Path) -> SafetensorsWeights:

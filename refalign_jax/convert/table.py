@@ -153,8 +153,57 @@ def check(
         raise ValueError(f"{source} does not hold the weights of this model: {' | '.join(problems)}.")
 
 
-def to_ours(table: Sequence[Entry], params: Mapping[str, Any], tensors: Tensors) -> Params:
-    """Reads published tensors into our layout, one tensor at a time.
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One of our parameters as it lies in a weight file; indexing it reads, a published tensor at a time.
+
+    Attributes:
+      entry: of the table.
+      tensors: an opened weight file.
+      shape: of the parameter.
+    """
+
+    entry: Entry
+    tensors: Tensors
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        """Returns a block, of the dtype stored; of a stack only the layers that lie in it are read.
+
+        Args:
+          index: a slice of each axis; axes that are left out are whole.
+
+        Raises:
+          ValueError: the layers of a stack have several dtypes.
+        """
+        if not self.entry.stack:
+            return np.array(self.entry.layout.to_ours(self.tensors.read(self.entry.name))[index], order="C")
+        layers, within = (index[0], index[1:]) if index else (slice(None), ())
+        block: np.ndarray | None = None
+        for place, name in enumerate(self.entry.names[layers]):
+            value = self.entry.layout.to_ours(self.tensors.read(name))[within]
+            if block is None:
+                block = np.empty((len(self.entry.names[layers]), *value.shape), value.dtype)
+            self.check_dtype(value.dtype, block.dtype)
+            block[place] = value
+        assert block is not None, (self.entry.path, index)
+        return block
+
+    def check_dtype(self, *found: np.dtype) -> None:
+        """Refuses a stack of several dtypes.
+
+        Raises:
+          ValueError: `found`, the dtypes of some of its layers, differ.
+        """
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"{self.tensors.source}: layers of {self.entry.name} are {' and '.join(sorted(map(str, set(found))))}; "
+                "the layers of one stack must share a dtype."
+            )
+
+
+def stored(table: Sequence[Entry], params: Mapping[str, Any], tensors: Tensors) -> Params:
+    """Finds our parameters in a weight file without reading them.
 
     Args:
       table: names and layouts.
@@ -162,30 +211,26 @@ def to_ours(table: Sequence[Entry], params: Mapping[str, Any], tensors: Tensors)
       tensors: an opened weight file.
 
     Returns:
-      Our parameters as numpy arrays of the dtype stored; beyond them at most one tensor is held.
+      Our parameters, each a `Stored`.
 
     Raises:
-      ValueError: the file lacks a tensor, has one too many, or one of another shape or mixed dtype in a stack.
+      ValueError: the file lacks a tensor, has one too many, or one of another shape.
     """
     check(published_shapes(table, params), tensors.shapes, tensors.source)
     leaves = flatten(params)
-    flat: dict[str, np.ndarray] = {}
-    for entry in table:
-        for i, name in enumerate(entry.names):
-            value = entry.layout.to_ours(tensors.read(name))
-            leaf = flat.get(entry.path)
-            if leaf is None:
-                leaf = flat[entry.path] = np.empty(leaves[entry.path].shape, value.dtype)
-            if leaf.dtype != value.dtype:
-                raise ValueError(
-                    f"{tensors.source}: {name} is {value.dtype}, {entry.names[0]} is {leaf.dtype}; "
-                    "the layers of one stack must share a dtype."
-                )
-            if entry.stack:
-                leaf[i] = value
-            else:
-                leaf[...] = value
-    return unflatten(flat)
+    return unflatten({entry.path: Stored(entry, tensors, tuple(leaves[entry.path].shape)) for entry in table})
+
+
+def to_ours(table: Sequence[Entry], params: Mapping[str, Any], tensors: Tensors) -> Params:
+    """Reads published tensors into our layout, one tensor at a time; arguments and errors as in `stored`.
+
+    Returns:
+      Our parameters as numpy arrays of the dtype stored; beyond them at most one tensor is held.
+
+    Raises:
+      ValueError: as in `stored`, or mixed dtypes in a stack.
+    """
+    return unflatten({path: leaf[()] for path, leaf in flatten(stored(table, params, tensors)).items()})
 
 
 def to_published(table: Sequence[Entry], params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:

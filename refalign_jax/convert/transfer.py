@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
-
-from refalign_jax.checkpoint import load_params, save_params
+from refalign_jax.checkpoint import Unread, open_params, save_params
 from refalign_jax.convert.dit import Names, model_table
 from refalign_jax.convert.files import open_weights, write_weights
 from refalign_jax.convert.infer import infer_config, infer_names
-from refalign_jax.convert.table import count, flatten, published_shapes, to_ours, to_published, unflatten
+from refalign_jax.convert.table import count, flatten, published_shapes, stored, to_published, unflatten
 from refalign_jax.params import model_shapes
 
 
 def import_weights(weights: Path, checkpoint: Path, num_heads: int | None = None) -> str:
     """Reads published weights of a Wan transformer into a checkpoint of parameters; returns what was done.
 
-    The model's size is read off the shapes. Held in memory: the parameters and one tensor.
+    The model's size is read off the shapes. Read and written layer by layer: two tensors are held, no more.
 
     Raises:
       ValueError: the file is not whole, or not the weights of a Wan transformer, or `checkpoint` exists.
@@ -28,23 +26,32 @@ def import_weights(weights: Path, checkpoint: Path, num_heads: int | None = None
     if not has_projectors:
         del shapes["projectors"]
     table = model_table(config.dit, config.alignment if has_projectors else None, infer_names(opened.shapes))
-    leaves = flatten(to_ours(table, shapes, opened))
-    host = jax.local_devices(backend="cpu")[0]
-    for path in list(leaves):  # one by one: Orbax copies numpy arrays whole before it writes, but not jax arrays
-        leaves[path] = jax.device_put(leaves.pop(path), host).block_until_ready()
+    leaves = {}
+    for path, leaf in flatten(stored(table, shapes, opened)).items():
+        dtypes = [opened.dtypes[name] for name in leaf.entry.names]
+        leaf.check_dtype(*dtypes)
+        leaves[path] = Unread(leaf.shape, dtypes[0], leaf.__getitem__)
     save_params(checkpoint, unflatten(leaves), config)
     return f"{count(leaves):,} parameters of {opened.source} are in {checkpoint}."
 
 
 def export_weights(
-    checkpoint: Path, weights: Path, projectors: bool = False, names: Names = "wan", max_shard_bytes: int = 10 * 10**9
+    checkpoint: Path,
+    weights: Path,
+    projectors: bool = False,
+    names: Names = "wan",
+    max_shard_bytes: int = 10 * 10**9,
+    ema: bool = False,
 ) -> str:
     """Writes a checkpoint's transformer under published names; returns what was done.
 
+    Read and written layer by layer: a few copies of the largest layer's largest tensor are held, whatever the depth of
+    the model and by however many processes it was saved.
+
     Raises:
-      ValueError: no checkpoint there, no projectors in it though asked for, or the file exists.
+      ValueError: no checkpoint there, no projectors or moving average in it though asked for, or the file exists.
     """
-    params, config = load_params(checkpoint)
+    params, config = open_params(checkpoint, ema)
     if projectors and "projectors" not in params:
         raise ValueError(f"{checkpoint} holds no projectors, only a transformer; leave out --projectors.")
     if not projectors:
@@ -52,7 +59,7 @@ def export_weights(
     table = model_table(config.dit, config.alignment if projectors else None, names)
     shapes = published_shapes(table, params)
     leaves = flatten(params)
-    dtypes = {name: leaves[entry.path].dtype for entry in table for name in entry.names}
+    dtypes = {name: leaves[entry.path].dtype.numpy_dtype for entry in table for name in entry.names}
     ordered = {name: shapes[name] for entry in table for name in entry.names}
     written = write_weights(weights, to_published(table, params), ordered, dtypes, max_shard_bytes)
     return f"{count(params):,} parameters of {checkpoint} are in {', '.join(path.name for path in written)}."

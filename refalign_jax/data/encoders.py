@@ -168,6 +168,14 @@ def open_text_encoder(
     return UMT5(_located(choice, "--text-encoder", "words"), compute_dtype, batch_size)
 
 
+def reopen_text_encoder(described: Mapping[str, Any], batch_size: int = 1) -> TextEncoder:
+    """Opens the text encoder that a dataset was made with; arguments and errors as of `reopen_video_codec`."""
+    if described["name"] == "words":
+        return WordHashes(described["width"])
+    path = _located(described["path"], "--text-encoder", "words")
+    return UMT5(path, described["compute_dtype"], batch_size)
+
+
 def open_feature_encoder(
     choice: str, *, patch_size: int = 16, compute_dtype: ComputeDtype = "bfloat16", batch_size: int = 1
 ) -> FeatureEncoder:

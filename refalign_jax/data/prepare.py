@@ -184,7 +184,10 @@ def load(record: Record, config: PrepareConfig) -> Clip | Skipped:
         return Skipped(id=record.id, reason=UNREADABLE_VIDEO, detail=str(error))
     used = record.references[: config.max_references]
     try:
-        references = [_load_reference(reference, config, rng) for reference in used]
+        references = [
+            load_reference(reference, config.height, config.width, augment=config.augment, rng=rng)
+            for reference in used
+        ]
     except ValueError as error:
         return Skipped(id=record.id, reason=UNREADABLE_REFERENCE, detail=str(error))
     size = (config.height, config.width)
@@ -202,20 +205,29 @@ def load(record: Record, config: PrepareConfig) -> Clip | Skipped:
     )
 
 
-def _load_reference(
-    reference: Reference, config: PrepareConfig, rng: np.random.Generator
+def load_reference(
+    reference: Reference,
+    height: int,
+    width: int,
+    *,
+    augment: AugmentConfig | None = None,
+    rng: np.random.Generator | None = None,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads one reference and puts it on white."""
+    """Reads one reference and puts it on white, altered where it was cut from the clip itself.
+
+    Raises:
+      ValueError: it can't be read, or mask or box don't fit it.
+    """
     path, frame, mask = reference.path, reference.frame, reference.mask
     image = read_image(path) if frame is None else read_frames(path, [frame])[0]
     image = cut_out(image, reference.crop, str(path))
     return prepare_reference(
         image,
-        config.height,
-        config.width,
+        height,
+        width,
         mask=mask if mask is None or isinstance(mask, np.ndarray) else read_mask(mask),
         box=reference.box,
-        augment=config.augment if reference.own_clip else None,
+        augment=augment if reference.own_clip else None,
         rng=rng,
         what=str(path),
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +93,10 @@ def read_jsonl(path: str | Path) -> list[Record]:
       ValueError: no such file, no line in it, or a line that is not in this form.
     """
     path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` would also cut at U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} can't be read as UTF-8 text: {getattr(error, 'strerror', None) or error}.") from error
     records: dict[str, Record] = {}
     numbers: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        record = _parse(line, f"{path}, line {number}", path.parent)
+    for number, fields in read_lines(path):
+        record = _parse(fields, f"{path}, line {number}", path.parent)
         if record.id in records:
             raise ValueError(f"{path}, line {number} says the same as line {numbers[record.id]}; remove one of them.")
         records[record.id], numbers[record.id] = record, number
@@ -111,42 +105,67 @@ def read_jsonl(path: str | Path) -> list[Record]:
     return list(records.values())
 
 
-def _parse(line: str, where: str, folder: Path) -> Record:
-    """Reads one line."""
+def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yields what the lines of a JSONL file hold, each with its number from 1; empty lines are passed over.
+
+    Raises:
+      ValueError: no such file, or a line that is not JSON.
+    """
     try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is not JSON: {error}.") from error
-    _check_fields(fields, _FIELDS, where)
-    for name in ("video", "prompt"):
-        _check_text(fields[name], name, where, empty=name == "prompt")
-    if not isinstance(fields["references"], list):
-        raise ValueError(f"{where}: references is {fields['references']!r:.60}; it must be a list, [] for none.")
-    references = []
-    for index, entry in enumerate(fields["references"]):
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` would also cut at U+2028
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} can't be read as UTF-8 text: {getattr(error, 'strerror', None) or error}.") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+        yield number, fields
+
+
+def parse_references(entries: Any, where: str, folder: Path) -> tuple[Reference, ...]:
+    """Reads the field `references` of a line; paths in it are relative to `folder`.
+
+    Raises:
+      ValueError: it is not a list of {"image", "subject"?, "mask"?}.
+    """
+    if not isinstance(entries, list):
+        raise ValueError(f"{where}: references is {entries!r:.60}; it must be a list, [] for none.")
+    for index, entry in enumerate(entries):
         name = f"references[{index}]"
-        _check_fields(entry, _REFERENCE_FIELDS, f"{where}: {name}")
+        check_fields(entry, _REFERENCE_FIELDS, f"{where}: {name}")
         for key, value in entry.items():
-            _check_text(value, f"{name}.{key}", where)
-        references.append(
-            Reference(
-                path=folder / entry["image"],
-                mask=folder / entry["mask"] if "mask" in entry else None,
-                subject=entry.get("subject"),
-            )
+            check_text(value, f"{name}.{key}", where)
+    return tuple(
+        Reference(
+            path=folder / entry["image"],
+            mask=folder / entry["mask"] if "mask" in entry else None,
+            subject=entry.get("subject"),
         )
+        for entry in entries
+    )
+
+
+def _parse(fields: Any, where: str, folder: Path) -> Record:
+    """Reads one line."""
+    check_fields(fields, _FIELDS, where)
+    for name in ("video", "prompt"):
+        check_text(fields[name], name, where, empty=name == "prompt")
+    references = parse_references(fields["references"], where, folder)
     content = json.dumps(fields, sort_keys=True, ensure_ascii=False)
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     return Record(
         id=f"{Path(fields['video']).stem}-{digest}",
         video=folder / fields["video"],
         prompt=fields["prompt"],
-        references=tuple(references),
+        references=references,
         metadata={"video": fields["video"], "references": fields["references"]},
     )
 
 
-def _check_fields(value: Any, known: Mapping[str, bool], where: str) -> None:
+def check_fields(value: Any, known: Mapping[str, bool], where: str) -> None:
     """Raises ValueError unless `value` is an object with the fields that must be there and no others."""
     form = "{" + ", ".join(f'"{name}"' + ("" if needed else "?") for name, needed in known.items()) + "}"
     if not isinstance(value, dict):
@@ -159,7 +178,7 @@ def _check_fields(value: Any, known: Mapping[str, bool], where: str) -> None:
         raise ValueError(f"{where} has the unknown field {unknown[0]!r}; it must be {form}.")
 
 
-def _check_text(value: Any, name: str, where: str, empty: bool = False) -> None:
+def check_text(value: Any, name: str, where: str, empty: bool = False) -> None:
     """Raises ValueError unless `value` is a string, not empty unless that is allowed."""
     if not isinstance(value, str) or not (value or empty):
         raise ValueError(f"{where}: {name} is {value!r:.60}; it must be a string{'' if empty else ' and not empty'}.")

@@ -1,0 +1,1 @@
+"""The demo: photographs learned and sampled on a CPU, with numbers that say how well."""

@@ -1,0 +1,213 @@
+"""The report's charts, each drawn by Matplotlib in light and in dark.
+
+Every chart is a picture of its own, so that the page can lay them side by side or below each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from refalign_jax.report.theme import DARK, LIGHT, Theme, subject_sign
+from refalign_jax.types import Float, Int
+
+DPI = 200
+"""Of the pictures; the page shows them at about half of it, so that they are sharp on fine displays."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One chart."""
+
+    name: str
+    """Of its file, without the ending."""
+    title: str
+    alt: str
+    """What it shows, for those who can't see it."""
+    light: bytes
+    """PNG."""
+    dark: bytes
+    size: tuple[int, int]
+    """Pixels across and down."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Curve:
+    """One line of a chart."""
+
+    label: str
+    x: np.ndarray
+    y: np.ndarray
+    dashed: bool = False
+    strong: bool = True
+    """In the accent colour; else in grey."""
+
+
+def losses(
+    name: str,
+    title: str,
+    training: tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]],
+    held_out: tuple[Int[np.ndarray, " m"], Float[np.ndarray, " m"]],
+) -> Picture:
+    """A loss over the steps, raw and smoothed, and its held-out values where there are any."""
+    steps, values = training
+    smooth = smoothed(values)
+
+    def paint(axes: Axes, theme: Theme) -> None:
+        axes.plot(steps, values, color=theme.muted, alpha=0.35, linewidth=0.7, label="each step")
+        axes.plot(steps, smooth, color=theme.accent, linewidth=1.8, label="running mean")
+        if len(held_out[0]):
+            axes.plot(*held_out, color=theme.ink, linewidth=1.2, marker="o", markersize=3.5, label="held out")
+        _logarithmic(axes, np.concatenate([smooth, held_out[1]]))
+        axes.set_xlabel("step")
+        axes.legend(loc="upper right")
+
+    ends = smooth[np.isfinite(smooth)]
+    alt = f"{title} over {len(steps)} steps"
+    if len(ends):
+        alt += f"; its running mean goes from {ends[0]:.3g} to {ends[-1]:.3g}"
+    return _picture(name, title, alt, paint, (4.4, 3.0))
+
+
+def smoothed(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """The running mean over a fiftieth of all values around each, of the finite ones."""
+    half = len(values) // 100
+    windows = [values[max(i - half, 0) : i + half + 1] for i in range(len(values))]
+    return np.array([np.mean(w[np.isfinite(w)]) if np.isfinite(w).any() else np.nan for w in windows])
+
+
+def blocks(name: str, title: str, curves: Sequence[Curve], aligned: int, levels: Mapping[str, float]) -> Picture:
+    """A number over the transformer's blocks.
+
+    Args:
+      name: of the file.
+      title: what the number is.
+      curves: lines over the blocks.
+      aligned: the first so many blocks are aligned, and shaded.
+      levels: what does not depend on the block, by label; what is not finite is left out.
+    """
+    known = {label: value for label, value in levels.items() if np.isfinite(value)}
+
+    def paint(axes: Axes, theme: Theme) -> None:
+        if aligned:
+            axes.axvspan(-0.5, aligned - 0.5, color=theme.accent, alpha=0.09, linewidth=0)
+        for curve in curves:
+            colour = theme.accent if curve.strong else theme.muted
+            style = "--" if curve.dashed else "-"
+            axes.plot(
+                curve.x, curve.y, style, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=curve.label
+            )
+        for (label, value), style in zip(known.items(), ("-.", ":"), strict=False):
+            axes.axhline(value, color=theme.ink, linestyle=style, linewidth=1.1, label=label)
+        axes.set_xlabel("block")
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=8))
+        axes.margins(y=0.12)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+
+    told = [f"{c.label} from {_tell(c.y[0])} to {_tell(c.y[-1])}" for c in curves if len(c.y)]
+    told += [f"{label} {_tell(value)}" for label, value in known.items()]
+    return _picture(name, title, f"{title} over the blocks: {'; '.join(told)}", paint, (4.4, 3.5))
+
+
+def token_map(
+    name: str, title: str, points: Float[np.ndarray, "n 2"], subjects: Int[np.ndarray, " n"], what: str
+) -> Picture:
+    """Tokens in two dimensions by subject, both axes at one scale."""
+    centre = (points.max(0) + points.min(0)) / 2
+    reach = max(float((points.max(0) - points.min(0)).max()) * 0.54, 1e-9)
+
+    def paint(axes: Axes, theme: Theme) -> None:
+        for subject in np.unique(subjects):
+            colour, marker, _ = subject_sign(int(subject))
+            mine = points[subjects == subject]
+            axes.scatter(
+                mine[:, 0],
+                mine[:, 1],
+                s=13,
+                c=colour,
+                marker=marker,
+                alpha=0.8,
+                linewidths=0.25,
+                edgecolors=theme.paper,
+            )
+        axes.set_xlim(centre[0] - reach, centre[0] + reach)
+        axes.set_ylim(centre[1] - reach, centre[1] + reach)
+        axes.set_aspect("equal")
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for spine in axes.spines.values():
+            spine.set_visible(True)
+
+    alt = f"{what} of {len(points)} reference tokens of {len(np.unique(subjects))} subjects, {title}"
+    return _picture(name, title, alt, paint, (3.2, 3.2))
+
+
+def pairs(name: str, title: str, labels: Sequence[str], aligned: Sequence[float], baseline: Sequence[float]) -> Picture:
+    """A number with and without alignment, a row a pair of runs, a line between the two."""
+
+    def paint(axes: Axes, theme: Theme) -> None:
+        rows = np.arange(len(labels))
+        axes.hlines(rows, baseline, aligned, color=theme.line, linewidth=3, zorder=1)
+        axes.scatter(
+            baseline, rows, s=42, facecolors=theme.paper, edgecolors=theme.muted, linewidths=1.6, label="λ = 0"
+        )
+        axes.scatter(aligned, rows, s=42, color=theme.accent, label="with alignment")
+        axes.set_yticks(rows, labels)
+        axes.set_ylim(len(labels) - 0.5, -0.5)
+        axes.margins(x=0.12)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
+
+    told = "; ".join(
+        f"{row} {_tell(a)} against {_tell(b)}" for row, a, b in zip(labels, aligned, baseline, strict=True)
+    )
+    alt = f"{title} with alignment against λ = 0: {told}"
+    return _picture(name, title, alt, paint, (4.4, 1.5 + 0.4 * len(labels)))
+
+
+def _picture(
+    name: str, title: str, alt: str, paint: Callable[[Axes, Theme], None], size: tuple[float, float]
+) -> Picture:
+    light, dark = (_draw(paint, theme, size) for theme in (LIGHT, DARK))
+    width, height = (round(side * DPI) for side in size)
+    return Picture(name=name, title=title, alt=alt, light=light, dark=dark, size=(width, height))
+
+
+def _draw(paint: Callable[[Axes, Theme], None], theme: Theme, size: tuple[float, float]) -> bytes:
+    """PNG of what `paint` draws."""
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor=theme.paper)
+    axes = figure.subplots()
+    axes.set_facecolor(theme.paper)
+    axes.tick_params(colors=theme.muted, labelsize=8.5, width=0.6, length=3)
+    axes.xaxis.label.set(color=theme.muted, size=8.5)
+    axes.grid(color=theme.line, linewidth=0.5, alpha=0.7)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set(color=theme.line, linewidth=0.8, visible=side in ("left", "bottom"))
+    paint(axes, theme)
+    legend = axes.get_legend()
+    if legend is not None:
+        legend.set_frame_on(False)
+        for text in legend.get_texts():
+            text.set(color=theme.ink, size=8.5)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", facecolor=theme.paper)
+    return file.getvalue()
+
+
+def _logarithmic(axes: Axes, values: np.ndarray) -> None:
+    """Takes a logarithmic scale where the values are positive and span more than a factor of five."""
+    values = values[np.isfinite(values)]
+    if len(values) and values.min() > 0 and values.max() > 5 * values.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _tell(value: float) -> str:
+    return f"{value:.3g}" if np.isfinite(value) else "none"

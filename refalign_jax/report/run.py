@@ -1,0 +1,172 @@
+"""What a run's folder holds, read and checked for the report.
+
+    config.json            the recipe, and what made it
+    metrics.jsonl          a line a step, and a line a start
+    samples/samples.json   sampled videos: a list of {"id", "prompt", "video", "references": [{"image", "subject"}],
+                           "truth", "scores"}, the last two optional, paths relative to samples/
+    evaluation.json        {"title", "numbers": {name: value}, "confusions": [{"title", "labels", "matrix"}], "notes"}
+
+The last two may be missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refalign_jax.checkpoint import from_dict
+from refalign_jax.metrics import read_metrics
+from refalign_jax.train_config import Config
+from refalign_jax.types import Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One sampled video and what it was asked for."""
+
+    id: str
+    prompt: str
+    video: Path
+    references: tuple[tuple[Path, str | None], ...]
+    """Image and subject of each."""
+    truth: Path | None
+    """The clip that the prompt describes, where there is one."""
+    scores: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Confusion:
+    """How often what was asked for (rows) was taken for what (columns)."""
+
+    title: str
+    labels: tuple[str, ...]
+    matrix: Float[np.ndarray, "n n"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Numbers that another program found out about the samples."""
+
+    title: str
+    numbers: Mapping[str, float]
+    confusions: tuple[Confusion, ...]
+    notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run's folder, read."""
+
+    folder: Path
+    config: Config
+    about: Mapping[str, Any]
+    """What `metrics.about` said at the last start."""
+    program: Mapping[str, Any]
+    """What compiling told at the last start; may be empty."""
+    steps: tuple[Mapping[str, Any], ...]
+    """The step lines of metrics.jsonl."""
+    samples: tuple[Sample, ...]
+    lost: int
+    """Samples that samples.json lists and whose video or reference is gone."""
+    evaluation: Evaluation | None
+
+    def series(self, name: str) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+        """Steps at which a metric was told, and its values; NaN where it was not finite."""
+        told = [(line["step"], line[name]) for line in self.steps if name in line]
+        values = [math.nan if value is None else float(value) for _, value in told]
+        return np.array([step for step, _ in told], np.int64), np.array(values, np.float64)
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run's folder.
+
+    Raises:
+      ValueError: it is no run's, or one of its files can't be read; in one sentence.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no run's folder: it has no config.json; name the train.folder of a run.")
+    recipe = _read_json(folder / "config.json")
+    try:
+        config, about = from_dict(Config, recipe["config"], str(folder / "config.json")), recipe["about"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is not one that a run wrote: {error!r}.") from error
+    metrics = folder / "metrics.jsonl"
+    program: dict[str, Any] = {}
+    steps: list[dict[str, Any]] = []
+    if metrics.is_file():
+        try:
+            steps = read_metrics(metrics)
+            lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
+            program = ([line for line in lines if "compile_seconds" in line] or [{}])[-1]
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(f"{metrics} can't be read: {error}.") from error
+    listed = list(_samples(folder / "samples"))
+    whole = [s for s in listed if s.video.is_file() and all(image.is_file() for image, _ in s.references)]
+    return Run(
+        folder=folder,
+        config=config,
+        about=about,
+        program=program,
+        steps=tuple(steps),
+        samples=tuple(whole),
+        lost=len(listed) - len(whole),
+        evaluation=_evaluation(folder / "evaluation.json"),
+    )
+
+
+def _samples(folder: Path) -> Iterator[Sample]:
+    path = folder / "samples.json"
+    if not path.is_file():
+        return
+    try:
+        for entry in _read_json(path):
+            truth = entry.get("truth")
+            yield Sample(
+                id=entry["id"],
+                prompt=entry["prompt"],
+                video=folder / entry["video"],
+                references=tuple((folder / r["image"], r.get("subject")) for r in entry["references"]),
+                truth=folder / truth if truth and (folder / truth).is_file() else None,
+                scores=entry.get("scores") or {},
+            )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no list of samples ({error!r}); each needs id, prompt, video and references."
+        ) from error
+
+
+def _evaluation(path: Path) -> Evaluation | None:
+    if not path.is_file():
+        return None
+    found = _read_json(path)
+    try:
+        confusions = tuple(
+            Confusion(title=c["title"], labels=tuple(c["labels"]), matrix=np.array(c["matrix"], np.float64))
+            for c in found.get("confusions", [])
+        )
+        for confusion in confusions:
+            if confusion.matrix.shape != (len(confusion.labels),) * 2:
+                raise ValueError(
+                    f"{confusion.title!r} has {len(confusion.labels)} labels and a matrix of {confusion.matrix.shape}"
+                )
+        return Evaluation(
+            title=found.get("title", "Evaluation"),
+            numbers={name: float(value) for name, value in found.get("numbers", {}).items()},
+            confusions=confusions,
+            notes=tuple(found.get("notes", ())),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no evaluation ({error}); see refalign_jax/report/run.py.") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error

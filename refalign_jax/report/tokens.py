@@ -1,0 +1,212 @@
+"""Reference tokens of a run: read from its dataset, computed by its transformer before and after training.
+
+The references are clean. The video beside them is noised to one time with noise that is fixed for each example, so
+that runs and states of a run are compared on the same inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from refalign_jax.checkpoint import find_checkpoint, restore_params
+from refalign_jax.config import DiTConfig, ModelConfig
+from refalign_jax.data.loader import make_loader
+from refalign_jax.data.shards import ShardSource
+from refalign_jax.flow import corrupt, lookup, training_schedule
+from refalign_jax.initial import initial_params
+from refalign_jax.models.dit import DiT, patchify
+from refalign_jax.report import representation
+from refalign_jax.report.run import Run
+from refalign_jax.sharding import make_mesh
+from refalign_jax.state import state_shapes
+from refalign_jax.train_config import Config, MeshConfig
+from refalign_jax.types import Array, Bool, Float, Int, Params
+
+EXAMPLES = 64
+"""At most so many of a dataset's last examples are looked at."""
+TOKENS = 3000
+"""At most about so many tokens, evenly spread over the references."""
+SEED = 0
+"""Of the noise."""
+NAMELESS = "#"
+"""How a made-up name of a nameless subject begins."""
+
+Place = tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]
+"""Example, reference and token of each of n tokens."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class References:
+    """Reference tokens that show a subject, n in all, and what the transformer needs to compute them."""
+
+    rows: tuple[dict[str, np.ndarray], ...]
+    """Batches of one example, as the loader gives them."""
+    held_out: bool
+    """Whether training never saw these examples."""
+    place: Place
+    """Where each token is from."""
+    subjects: Int[np.ndarray, " n"]
+    """Whose each is."""
+    names: tuple[str, ...]
+    """Of the subjects, by their number."""
+    named: bool
+    """Whether the dataset names subjects. If so, nameless ones are left out; if not, each is a subject of its own."""
+    allowed: Bool[np.ndarray, "n n"]
+    """Which token may be the neighbour of which; see `representation.allowed_neighbours`."""
+    vfm: Float[np.ndarray, "n E"]
+    """The VFM's tokens."""
+
+
+def read_references(config: Config) -> References:
+    """Reads the run's held-out examples or, where it has none, the last ones of its dataset.
+
+    Raises:
+      ValueError: there is no dataset, it can't be read, or no token in it shows a subject.
+    """
+    if config.synthetic.num_examples:
+        raise ValueError("The run was trained on synthetic noise, which shows no subjects.")
+    source = ShardSource(config.data.path)
+    count = min(EXAMPLES, config.data.held_out or len(source))
+    data = dataclasses.replace(config.data, batch_size=1, held_out=count, num_workers=0, dtype="float32")
+    loader = make_loader(data, source, split="held_out")
+    with contextlib.closing(loader):
+        rows = [next(loader) for _ in range(count)]
+    place = _choose(rows)
+    names = [_names(source, row) for row in rows]
+    labels = np.array([names[n][r] for n, r in zip(*place[:2], strict=True)], object)
+    if named := any(not label.startswith(NAMELESS) for label in labels):
+        kept = np.array([not label.startswith(NAMELESS) for label in labels])
+        place, labels = _take(place, kept), labels[kept]
+    if len(labels):
+        known, subjects = np.unique(labels.astype(str), return_inverse=True)
+        same = representation.same_pixels(_patches(rows, config.model.dit)[place])
+        shown = ~representation.background(same, subjects)
+        place, subjects, same = _take(place, shown), subjects[shown], same[shown][:, shown]
+    if len(place[0]) < 3:
+        raise ValueError(f"The last {count} examples of {config.data.path} have no references that show a subject.")
+    return References(
+        rows=tuple(rows),
+        held_out=bool(config.data.held_out),
+        place=place,
+        subjects=subjects,
+        names=tuple(known.tolist()),
+        named=named,
+        allowed=representation.allowed_neighbours(same, place[0]),
+        vfm=np.concatenate([row["vfm_features"] for row in rows])[place],
+    )
+
+
+def trained_params(run: Run) -> tuple[dict[str, Any], int]:
+    """Parameters of the run's newest checkpoint, on one device, and the step it was saved after.
+
+    Raises:
+      ValueError: there is none, or it is damaged.
+    """
+    folder = run.config.train.checkpoint_folder or run.folder
+    path, _ = find_checkpoint(folder)
+    return restore_params(path, _shapes(run.config)), int(path.name)
+
+
+def untrained_params(config: Config) -> dict[str, Any]:
+    """The parameters that the run started from, made again from its seed or what it was started from.
+
+    Raises:
+      ValueError: what it was started from is gone.
+    """
+    init_key, _ = jax.random.split(jax.random.key(config.train.seed))  # as state.begin
+    return initial_params(config.train.init, config.train.init_ema, config.model, _shapes(config), init_key)[0]
+
+
+def features(params: Params, references: References, config: Config, desc: str) -> Float[np.ndarray, "layers n D"]:
+    """The reference tokens after every block.
+
+    Args:
+      params: of the model.
+      references: whose tokens.
+      config: of the run.
+      desc: for the progress bar.
+    """
+    found = []
+    example, reference, token = references.place
+    for n, row in enumerate(tqdm(references.rows, desc=desc, unit="example", leave=False)):
+        mine = example == n
+        if mine.any():
+            noise = np.random.default_rng([SEED, n]).standard_normal(row["video_latents"].shape, np.float32)
+            inputs = (row["video_latents"], noise, row["text"], row["reference_latents"], row["num_references"])
+            tokens = _forward(params["dit"], *inputs, reference[mine], token[mine], config.model)
+            found.append(np.asarray(tokens, np.float32))
+    return np.concatenate(found, axis=1)
+
+
+def noise_time(config: Config) -> float:
+    """The time t, in [0, 1000], to which the videos are noised: the median of training."""
+    return float(training_schedule(config.model.flow).timesteps[config.model.flow.num_train_steps // 2])
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _forward(
+    dit: Params,
+    latents: Float[Array, "1 F H W C"],
+    noise: Float[Array, "1 F H W C"],
+    text: Float[Array, "1 S text_width"],
+    reference_latents: Float[Array, "1 R H W C"],
+    num_references: Int[Array, " 1"],
+    reference: Int[Array, " n"],
+    token: Int[Array, " n"],
+    model: ModelConfig,
+) -> Float[Array, "layers n D"]:
+    """Chosen reference tokens of one example after every block."""
+    sigma, t, _ = lookup(training_schedule(model.flow), jnp.array([model.flow.num_train_steps // 2]))
+    noisy, _ = corrupt(latents, noise, sigma)
+    blocks = model.dit.num_layers
+    outputs: Any = DiT(model.dit).apply(
+        {"params": dit}, noisy, t, text, reference_latents, num_references, num_feature_blocks=blocks
+    )
+    return outputs[1][:, 0, reference, token]
+
+
+def _shapes(config: Config) -> Params:
+    """Shapes of the parameters, all of them on the first device."""
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    return state_shapes(config, mesh).params
+
+
+def _names(source: ShardSource, row: Mapping[str, np.ndarray]) -> list[str]:
+    """Who each reference of an example shows; a nameless subject is nobody else."""
+    index = int(row["index"][0])
+    told = source[index][1]["metadata"].get("subjects") or []
+    names = [*told, *[None] * row["subject_ids"].shape[1]]
+    return [name or f"{NAMELESS}{index}/{number}" for name, number in zip(names, row["subject_ids"][0], strict=False)]
+
+
+def _choose(rows: Sequence[Mapping[str, np.ndarray]]) -> Place:
+    """About `TOKENS` tokens, equally many and evenly spread over each real reference."""
+    example, reference = (
+        np.array([(n, r) for n, row in enumerate(rows) for r in range(int(row["num_references"][0]))], np.int64)
+        .reshape(-1, 2)
+        .T
+    )
+    tokens = rows[0]["vfm_features"].shape[2]
+    each = min(tokens, max(TOKENS // max(len(example), 1), 1))
+    token = np.linspace(0, tokens - 1, each).round().astype(np.int64)
+    return example.repeat(each), reference.repeat(each), np.tile(token, len(example))
+
+
+def _patches(rows: Sequence[Mapping[str, np.ndarray]], dit: DiTConfig) -> Float[np.ndarray, "N R P V"]:
+    """Clean latents of every reference token."""
+    latents = np.concatenate([row["reference_latents"] for row in rows])
+    return np.asarray(patchify(jnp.asarray(latents), dit)).reshape(*latents.shape[:2], -1, dit.patch_values)
+
+
+def _take(place: Place, kept: Bool[np.ndarray, " n"]) -> Place:
+    example, reference, token = place
+    return example[kept], reference[kept], token[kept]
