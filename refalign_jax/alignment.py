@@ -219,7 +219,7 @@ def alignment_terms(
     """
     A, B = features.shape[:2]
     flat = features.reshape(A, B, -1, features.shape[-1])
-    pull, push = jax.lax.map(lambda xs: block_terms(*xs, targets, grid, config), (projectors, flat))
+    pull, push = jax.lax.map(lambda xs: block_terms(xs[0], xs[1], targets, grid, config), (projectors, flat))
     return jnp.mean(pull, axis=0), jnp.mean(push, axis=0)
 
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from runs import FAST_COMPILE, MODEL, recipe
 
 from refalign_jax.checkpoint import Checkpoints
-from refalign_jax.config import MeshConfig, ModelConfig, wan_14b, wan_1_3b
+from refalign_jax.config import AlignmentConfig, MeshConfig, ModelConfig, wan_1_3b, wan_14b
 from refalign_jax.convert.table import flatten
 from refalign_jax.sharding import (
     bytes_a_device,
@@ -28,7 +28,6 @@ from refalign_jax.sharding import (
 from refalign_jax.state import begin, init_state, save, state_shapes
 from refalign_jax.train import train_step
 from refalign_jax.train_config import Config, OptimizerConfig
-
 
 WIDE = ModelConfig(
     dit=dataclasses.replace(MODEL.dit, width=64, num_heads=8, num_layers=2, remat="attention"),

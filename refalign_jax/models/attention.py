@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,8 @@ def attention(
         return _splash(q, k, v, lengths, tiles)
     exact = jax.default_matmul_precision("highest") if q.dtype == jnp.float32 else contextlib.nullcontext()
     with exact:
-        out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=kernel)
+        fused: Literal["xla", "cudnn"] = "cudnn" if kernel == "cudnn" else "xla"
+        out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=fused)
     return checkpoint_name(out, ATTENTION_OUTPUT)
 
 
@@ -189,7 +191,9 @@ def _splash(q: Array, k: Array, v: Array, lengths: Array | None, tiles: Attentio
         hidden = (jnp.arange(padded_kv) >= ends[:, None]).astype(jnp.int32)
         segments = splash.SegmentIds(q=jnp.zeros((B, padded_q), jnp.int32), kv=hidden)
     scaled = (q.astype(jnp.float32) * K**-0.5).astype(q.dtype)
-    out = jax.vmap(attend)(heads_first(scaled, padded_q), heads_first(k, padded_kv), heads_first(v, padded_kv), segments)
+    out = jax.vmap(attend)(
+        heads_first(scaled, padded_q), heads_first(k, padded_kv), heads_first(v, padded_kv), segments
+    )
     return out.swapaxes(1, 2)[:, :Q].astype(q.dtype)
 
 

@@ -237,7 +237,7 @@ class DiT(nn.Module):
         c, A = self.config, num_feature_blocks if reference_latents is not None else 0
         streams, e, block = self._embed(latents, t, text, reference_latents, num_references, reference_positions)
         params = _cast_kernels(self.blocks, jnp.dtype(c.compute_dtype))
-        features = None
+        features: Any = None
         if A:
             first, rest = (
                 jax.tree.map(lambda x, part=part: x[part], params) for part in (slice(None, A), slice(A, None))
@@ -245,9 +245,10 @@ class DiT(nn.Module):
             tapped = (lambda s, p: s[1]) if tap is None else (lambda s, p: tap(p, s[1]))
             streams, features = _scan(block, streams, (first, tap_params), c, tapped)
             params = rest
-        if A < c.num_layers:
+        if c.num_layers > A:
             streams, _ = _scan(block, streams, (params, None), c, lambda s, p: None)
         if A and tap is None:
+            assert reference_latents is not None
             count, rows, columns = c.token_grid(*reference_latents.shape[1:4])
             features = features[:, :, : count * rows * columns].reshape(A, latents.shape[0], count, -1, c.width)
         grid = c.token_grid(*latents.shape[1:4])
