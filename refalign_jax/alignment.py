@@ -15,13 +15,14 @@ than one [B, P, P] matrix of similarities exists; a matrix of all R·P tokens ne
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from refalign_jax.config import AlignmentConfig
+from refalign_jax.sharding import BATCH, TOKENS, constrain
 from refalign_jax.types import Array, Bool, Float, Int, Params
 
 
@@ -50,25 +51,32 @@ def init_projectors(config: AlignmentConfig, width: int, key: Array) -> dict[str
 
 
 def project(
-    params: Params, features: Float[Array, "B R P D"], grid: tuple[int, int], config: AlignmentConfig
-) -> Float[Array, "B R P E"]:
+    params: Params, tokens: Float[Array, "B T D"], grid: tuple[int, int], config: AlignmentConfig
+) -> Float[Array, "B U E"]:
     """Maps the reference tokens of one block to the VFM's width, in float32.
+
+    On a mesh, tokens are gathered over the context after the MLP, where they are E wide and not D.
 
     Args:
       params: the projector of this block, without the leading axis.
-      features: reference tokens.
+      tokens: of all references of a sample, R·P and what pads them.
       grid: token rows and columns, P = rows·columns; the convolution needs it.
       config: the kind of projector.
+
+    Returns:
+      As many tokens as were given by `mlp`; the R·P of whole references by `conv`.
     """
-    x = features.astype(jnp.float32)
+    x = tokens.astype(jnp.float32)
     with jax.default_matmul_precision("highest"):
         if config.projector == "conv":
-            B, R, P, D = x.shape
+            B, T, D = x.shape
+            whole = T - T % (grid[0] * grid[1])
+            x = constrain(x, BATCH)[:, :whole].reshape(-1, *grid, D)
             y = jax.lax.conv_general_dilated(
-                x.reshape(B * R, *grid, D), params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                x, params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
-            return (y + params["bias"]).reshape(B, R, P, -1)
-        return jax.nn.silu(x @ params["in"]) @ params["out"]
+            return (y + params["bias"]).reshape(B, whole, -1)
+        return constrain(jax.nn.silu(constrain(x @ params["in"], TOKENS)) @ params["out"], BATCH)
 
 
 def normalize_targets(
@@ -118,57 +126,101 @@ def pull_push(
     return pull, total / (P * P * jnp.maximum(jnp.sum(opposed, axis=(1, 2)), 1))
 
 
-def alignment_terms(
-    projectors: Params,
-    features: Float[Array, "A B R P D"],
-    targets: Float[Array, "B R _ E"],
+class Targets(NamedTuple):
+    """What reference tokens are compared with.
+
+    Attributes:
+      features: VFM tokens of the references, normalised over space where configured, 0 where padded, float32.
+      subject_ids: which subject a reference shows.
+      real: False where a reference is padding.
+    """
+
+    features: Float[Array, "B R P E"]
+    subject_ids: Int[Array, "B R"]
+    real: Bool[Array, "B R"]
+
+
+def make_targets(
+    features: Float[Array, "B R _ E"],
     subject_ids: Int[Array, "B R"],
     num_references: Int[Array, " B"],
     grid: tuple[int, int],
     config: AlignmentConfig,
-) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """Means over the aligned blocks of L₊ and of L₋, for each sample.
+) -> Targets:
+    """Checks and masks the VFM's tokens, once for all blocks.
 
     Args:
-      projectors: of all aligned blocks, as `init_projectors` makes them.
-      features: reference tokens after the aligned blocks, any float dtype.
-      targets: VFM tokens of the same references on the same grid.
+      features: VFM tokens on the references' grid, as stored.
       subject_ids: which subject a reference shows.
       num_references: references that are real; the others stand behind them and are padding.
       grid: token rows and columns of a reference, P = rows·columns.
-      config: margins, kind of projector, normalisation of targets.
-
-    Returns:
-      pull [B] and push [B], float32, ≥ 0.
+      config: width and normalisation of targets.
 
     Raises:
       ValueError: targets of another width or grid than configured.
     """
-    if targets.shape[-1] != config.vfm_width:
+    if features.shape[-1] != config.vfm_width:
         raise ValueError(
-            f"vfm_features are {targets.shape[-1]} wide, AlignmentConfig.vfm_width={config.vfm_width}; set it to the "
+            f"vfm_features are {features.shape[-1]} wide, AlignmentConfig.vfm_width={config.vfm_width}; set it to the "
             "width of the VFM that made them."
         )
-    if targets.shape[2] != grid[0] * grid[1]:
+    if features.shape[2] != grid[0] * grid[1]:
         raise ValueError(
-            f"vfm_features have {targets.shape[2]} tokens a reference, the transformer has {grid[0] * grid[1]} on a "
+            f"vfm_features have {features.shape[2]} tokens a reference, the transformer has {grid[0] * grid[1]} on a "
             f"{grid[0]}x{grid[1]} grid; both must come from the same pixels."
         )
-    real = jnp.arange(targets.shape[1]) < num_references[:, None]
-    targets = jnp.where(real[..., None, None], targets.astype(jnp.float32), 0)
+    real = jnp.arange(features.shape[1]) < num_references[:, None]
+    features = jnp.where(real[..., None, None], features.astype(jnp.float32), 0)
     if config.normalize_targets:
-        targets = normalize_targets(targets, config.target_mean_removed)
+        features = normalize_targets(features, config.target_mean_removed)
+    return Targets(features, subject_ids, real)
+
+
+def block_terms(
+    projector: Params,
+    tokens: Float[Array, "B _ D"],
+    targets: Targets,
+    grid: tuple[int, int],
+    config: AlignmentConfig,
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """L₊ and L₋ of one aligned block for each sample; recomputed for the gradient, so that only its inputs are kept.
+
+    Args:
+      projector: of this block.
+      tokens: reference tokens after it, R·P and what pads them, any float dtype.
+      targets: what `make_targets` returned.
+      grid: token rows and columns of a reference.
+      config: margins, kind of projector.
+    """
+    B, R, P, E = targets.features.shape
 
     @jax.checkpoint
-    def block(params: Params, x: Float[Array, "B R P D"]) -> tuple[Array, Array]:
-        return pull_push(project(params, x, grid, config), targets, subject_ids, real, config)
+    def terms(projector: Params, tokens: Array, targets: Targets) -> tuple[Array, Array]:
+        student = project(projector, tokens, grid, config)[:, : R * P].reshape(B, R, P, E)
+        return pull_push(student, *targets, config)
 
     with jax.named_scope("alignment"):
-        zeros = jnp.zeros(targets.shape[0])
-        (pull, push), _ = jax.lax.scan(
-            lambda sums, xs: (jax.tree.map(jnp.add, sums, block(*xs)), None), (zeros, zeros), (projectors, features)
-        )
-    return pull / features.shape[0], push / features.shape[0]
+        return terms(projector, tokens, targets)
+
+
+def alignment_terms(
+    projectors: Params,
+    features: Float[Array, "A B R P D"],
+    targets: Targets,
+    grid: tuple[int, int],
+    config: AlignmentConfig,
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """Means over the aligned blocks of L₊ and of L₋, for each sample, from features that are at hand.
+
+    Training takes the same terms block by block on the way through the transformer; see `objective.py`.
+
+    Returns:
+      pull [B] and push [B], float32, ≥ 0.
+    """
+    A, B = features.shape[:2]
+    flat = features.reshape(A, B, -1, features.shape[-1])
+    pull, push = jax.lax.map(lambda xs: block_terms(xs[0], xs[1], targets, grid, config), (projectors, flat))
+    return jnp.mean(pull, axis=0), jnp.mean(push, axis=0)
 
 
 def alignment_loss(pull: Float[Array, " B"], push: Float[Array, " B"], config: AlignmentConfig) -> Float[Array, " B"]:

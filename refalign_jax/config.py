@@ -10,8 +10,42 @@ from dataclasses import field
 from typing import Literal
 
 DType = Literal["float32", "bfloat16"]
-RematPolicy = Literal["none", "dots", "attention", "full"]
-AttentionKernel = Literal["auto", "xla", "cudnn"]
+RematPolicy = Literal["none", "dots", "narrow", "attention", "full"]
+AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionTiles:
+    """Tiles of the splash kernel, in tokens; a sequence shorter than a tile takes a smaller one.
+
+    Attributes:
+      q: queries of a tile in the forward pass.
+      kv: keys and values that are fetched together.
+      kv_compute: of those, how many are computed together; divides `kv`.
+      backward_q: queries of a tile in the backward pass.
+      backward_kv: keys and values of a tile in the backward pass.
+      backward_kv_compute: of those, how many are computed together; divides `backward_kv`.
+      fused_backward: one backward kernel of five products a tile in place of two with seven; it needs four times the
+        memory, a partial query gradient for every tile of keys.
+    """
+
+    q: int = 1024
+    kv: int = 1024
+    kv_compute: int = 512
+    backward_q: int = 1024
+    backward_kv: int = 1024
+    backward_kv_compute: int = 512
+    fused_backward: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses tiles that no TPU has, or that don't divide each other."""
+        for name in ("q", "kv", "kv_compute", "backward_q", "backward_kv", "backward_kv_compute"):
+            value = getattr(self, name)
+            if value < 128 or value & (value - 1):
+                raise ValueError(f"AttentionTiles.{name}={value} must be a power of two from 128 up.")
+        for name in ("kv", "backward_kv"):
+            if getattr(self, f"{name}_compute") > getattr(self, name):
+                raise ValueError(f"AttentionTiles.{name}_compute must not be larger than {name}={getattr(self, name)}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,9 +67,12 @@ class DiTConfig:
       compute_dtype: of matmuls and what they read and write; norms, softmax, RoPE, time and head stay float32.
       residual_dtype: of the stream that the blocks add to. float32, as in Wan2.1's code, halves bfloat16's error; in
         bfloat16 the stream, which is most of what remat keeps, takes half the memory.
-      attention: kernel; `auto` is cuDNN on NVIDIA in bfloat16, XLA elsewhere.
-      remat: what a block keeps for the backward pass: `none` recomputes nothing, `dots` keeps matmul outputs,
-        `attention` keeps attention outputs, `full` keeps the block's input alone.
+      attention: kernel; in bfloat16 `auto` is splash on TPUs and cuDNN on NVIDIA; else XLA.
+      tiles: of the splash kernel.
+      remat: what a block keeps for the backward pass beside its input: `none` recomputes nothing, `dots` keeps the
+        outputs of linear layers and of attention, `narrow` those without the hidden layer of the feed-forward network,
+        `attention` attention's alone, `full` nothing.
+      offload: the blocks' inputs wait for the backward pass in the host's memory.
     """
 
     width: int = 1536
@@ -52,7 +89,9 @@ class DiTConfig:
     compute_dtype: DType = "bfloat16"
     residual_dtype: DType = "float32"
     attention: AttentionKernel = "auto"
+    tiles: AttentionTiles = field(default_factory=AttentionTiles)
     remat: RematPolicy = "full"
+    offload: bool = False
 
     def __post_init__(self) -> None:
         """Refuses sizes that no Wan transformer has, each with a sentence."""
@@ -82,6 +121,8 @@ class DiTConfig:
         _check_choice(self, "residual_dtype", DType)
         _check_choice(self, "attention", AttentionKernel)
         _check_choice(self, "remat", RematPolicy)
+        if self.offload and self.remat == "none":
+            raise ValueError("DiTConfig.offload needs a remat policy that recomputes: remat is 'none'.")
 
     @property
     def head_width(self) -> int:
@@ -221,6 +262,33 @@ class SamplingConfig:
         """Refuses an empty schedule."""
         _check_positive(self, "num_steps")
         _check_positive(self, "shift")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the devices are arranged; see sharding.py. The axes' product is the number of devices.
+
+    Attributes:
+      data: copies of the model that share the batch; 0, all devices that the other axes leave.
+      fsdp: devices over which batch, parameters, EMA and optimizer state are split.
+      context: devices over which the tokens of a sample are split, and the state as well.
+      tensor: devices over which heads and hidden widths are split; context times tensor divides the heads.
+      slices: TPU slices (or nodes without a fast link between them), over which the data axis is laid.
+    """
+
+    data: int = 0
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+    slices: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuses empty axes."""
+        if self.data < 0:
+            raise ValueError(f"MeshConfig.data={self.data} must be at least 0, which takes what is left.")
+        for name in ("fsdp", "context", "tensor", "slices"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"MeshConfig.{name}={getattr(self, name)} must be at least 1.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from refalign_jax.checkpoint import find_checkpoint, from_dict, read_json
-from refalign_jax.config import ModelConfig
+from refalign_jax.config import MeshConfig, ModelConfig
 from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.infer import infer_config
 from refalign_jax.data.encoders import (
@@ -45,8 +45,8 @@ from refalign_jax.data.video import to_float, to_pixels, write_video
 from refalign_jax.initial import initial_params
 from refalign_jax.params import model_shapes
 from refalign_jax.sampling import sample
-from refalign_jax.sharding import activations_on, make_mesh, state_sharding, to_devices
-from refalign_jax.train_config import Config, MeshConfig
+from refalign_jax.sharding import make_mesh, state_sharding, to_devices
+from refalign_jax.train_config import Config
 from refalign_jax.types import Float, Params
 
 SAMPLES = "samples.json"
@@ -367,7 +367,7 @@ def _draw(
     noise = np.stack(
         [_noise(request.id, generator.generate.seed, ((frames - 1) // 4 + 1, H, W, C)) for request in padded]
     )
-    with activations_on(generator.mesh):
+    with jax.set_mesh(generator.mesh):
         drawn = sample(
             generator.params,
             *to_devices((noise, text, negative, latents, counts), generator.mesh),

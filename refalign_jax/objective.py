@@ -7,6 +7,7 @@ Pure: parameters, batch, noise and schedule indices in; loss and its terms out. 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -61,13 +62,6 @@ class Terms(NamedTuple):
     loss: Array
 
 
-class Forward(NamedTuple):
-    """What the transformer returned on the way to the loss: velocity [B, F, H, W, C], features [A, B, R, P, D]."""
-
-    velocity: Array
-    features: Array | None
-
-
 def sample_terms(
     params: Params,
     batch: Batch,
@@ -75,8 +69,8 @@ def sample_terms(
     index: Int[Array, " B"],
     step: Int[Array, ""],
     config: ModelConfig,
-) -> tuple[Terms, Forward]:
-    """The terms of every sample's loss.
+) -> tuple[Terms, Float[Array, "B F H W C"]]:
+    """The terms of every sample's loss, and the velocity on the way to them.
 
     Args:
       params: {"dit": …} and, where the alignment weight is not 0, {"projectors": …}.
@@ -88,35 +82,37 @@ def sample_terms(
     """
     sigma, t, weight = flow.lookup(flow.training_schedule(config.flow), index)
     noisy, target = flow.corrupt(batch.video_latents, noise, sigma)
-    aligning = config.alignment.weight > 0
-    outputs: Any = DiT(config.dit).apply(
+    transformer = functools.partial(
+        DiT(config.dit).apply,
         {"params": params["dit"]},
         noisy,
         t,
         batch.text,
         batch.reference_latents,
         batch.num_references,
-        num_feature_blocks=config.alignment.num_blocks if aligning else 0,
     )
-    velocity, features = outputs
+    outputs: Any
+    if config.alignment.weight > 0:
+        grid = config.dit.token_grid(*batch.reference_latents.shape[1:4])[1:]
+        targets = alignment.make_targets(
+            batch.vfm_features, batch.subject_ids, batch.num_references, grid, config.alignment
+        )
+        outputs = transformer(
+            num_feature_blocks=config.alignment.num_blocks,
+            tap=lambda projector, tokens: alignment.block_terms(projector, tokens, targets, grid, config.alignment),
+            tap_params=params["projectors"],
+        )
+        velocity, terms = outputs
+        pull, push = (jnp.mean(x, axis=0) * batch.aligned for x in terms)
+    else:
+        outputs = transformer()
+        velocity = outputs[0]
+        pull = push = jnp.zeros_like(t)
     errors = flow.flow_errors(velocity, target)
     gate = alignment.gate(t, config.alignment)
-    pull = push = jnp.zeros_like(errors)
-    if aligning:
-        grid = config.dit.token_grid(*batch.reference_latents.shape[1:4])[1:]
-        pull, push = alignment.alignment_terms(
-            params["projectors"],
-            features,
-            batch.vfm_features,
-            batch.subject_ids,
-            batch.num_references,
-            grid,
-            config.alignment,
-        )
-        pull, push = pull * batch.aligned, push * batch.aligned
     aligned = alignment.alignment_loss(pull, push, config.alignment)
     loss = weight * errors + alignment.schedule_weight(step, config.alignment) * gate * aligned
-    return Terms(errors, weight, gate, pull, push, aligned, loss), Forward(velocity, features)
+    return Terms(errors, weight, gate, pull, push, aligned, loss), velocity
 
 
 def objective(

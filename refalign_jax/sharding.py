@@ -1,43 +1,56 @@
-"""The mesh of devices, and where every parameter and every array of a batch lies on it.
+"""The mesh of devices, and where every parameter, every activation and every array of a batch lies on it.
 
-The batch is split over the axes data and fsdp. Every kernel has one side of the transformer's width D: that side is
-split over fsdp, which leaves the other side to a tensor axis and the token axis of activations to a context axis when
-those are added. Vectors and modulations are small and lie everywhere. EMA and optimizer moments lie as their
-parameters do, so that a device holds 1/fsdp of all of the state.
+    axis      splits                                                   moves in a step
+    data      the batch                                                gradients (all-reduce; over DCN between slices)
+    fsdp      the batch; the width D of every kernel                   weights (all-gather), gradients (reduce-scatter)
+    context   the tokens; the width D of every kernel, as fsdp does    queries, keys, values (all-to-all); weights
+    tensor    heads and hidden width; the other side of every kernel   partial sums of two products a block
 
-Activations stay split over the batch, and the weights of one layer are gathered when it is their turn. The compiler
-does that only if told so; see `activations_on`.
+So a device holds 1/(fsdp·context·tensor) of parameters, moving average and moments, and 1/(data·fsdp) of the batch.
+Vectors and modulations are small and lie everywhere.
+
+The mesh is JAX's ambient one: whoever compiles does so under `jax.set_mesh(mesh)`. Without one nothing here has any
+effect, and the model is a program of one device.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from refalign_jax.models.layers import Linear
-from refalign_jax.train_config import MeshConfig
+from refalign_jax.config import DiTConfig, MeshConfig
+from refalign_jax.types import Array
 
-DATA, FSDP = "data", "fsdp"
+AXES = ("data", "fsdp", "context", "tensor")
+DATA, FSDP, CONTEXT, TENSOR = AXES
+WIDTH = (FSDP, CONTEXT)
+"""The axes over which the width D of a kernel is split."""
+
 BATCH = PartitionSpec((DATA, FSDP))
 """Of every array with a leading batch axis."""
+TOKENS = PartitionSpec((DATA, FSDP), CONTEXT)
+"""Of tokens at the transformer's width, [B, T, D]."""
+HIDDEN = PartitionSpec((DATA, FSDP), CONTEXT, TENSOR)
+"""Of tokens within attention, [B, T, N·K] and [B, T, N, K], and within the feed-forward network."""
+CONDITION = PartitionSpec((DATA, FSDP), None, TENSOR)
+"""Of the text's keys and values: few tokens, which every part of the context attends to."""
 
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+RULES: tuple[tuple[str, tuple[str | tuple[str, ...] | None, ...]], ...] = (
     # D is the input side: [D, other]
-    (r"(query|key|value)/kernel", (FSDP, None)),
-    (r"blocks/ffn/in/kernel", (FSDP, None)),
-    (r"(time_out|time_projection|head/linear|text_embedding/out)/kernel", (FSDP, None)),
-    (r"projectors/(in|out)", (FSDP, None)),  # [D, D/2] and [D/2, E]
-    (r"projectors/kernel", (FSDP, None)),  # [3, 3, D, E]
+    (r"(query|key|value)/kernel", (WIDTH, TENSOR)),
+    (r"blocks/ffn/in/kernel", (WIDTH, TENSOR)),
+    (r"(time_out|time_projection|text_embedding/out)/kernel", (WIDTH, TENSOR)),
+    (r"head/linear/kernel", (WIDTH, None)),
+    (r"projectors/(in|out)", (WIDTH, TENSOR)),  # [D, D/2] and [D/2, E]
+    (r"projectors/kernel", (None, None, WIDTH, TENSOR)),  # [3, 3, D, E]
     # D is the output side: [other, D]
-    (r"out/kernel", (None, FSDP)),
-    (r"(patch_embedding|text_embedding/in|time_in)/kernel", (None, FSDP)),
+    (r"out/kernel", (TENSOR, WIDTH)),
+    (r"(patch_embedding|text_embedding/in|time_in)/kernel", (None, WIDTH)),
     # small ones: everywhere
     (r"bias|scale|modulation|projectors/bias", ()),
 )
@@ -45,33 +58,61 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """Arranges the devices as configured.
+    """Arranges the devices as configured; of several slices, each holds an equal part of the data axis.
 
     Raises:
-      ValueError: the axes don't multiply to the number of devices.
+      ValueError: the axes don't multiply to the number of devices, or the slices don't divide the data axis.
     """
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
-    data = config.data or max(count // config.fsdp, 1)
-    if data * config.fsdp != count:
+    count, model = len(devices), config.fsdp * config.context * config.tensor
+    data = config.data or max(count // model, 1)
+    if data * model != count:
         raise ValueError(
-            f"mesh.data={config.data or 'the rest'} times mesh.fsdp={config.fsdp} is not the number of devices, "
-            f"{count}; make their product {count}."
+            f"mesh.data={config.data or 'the rest'} times fsdp={config.fsdp} times context={config.context} times "
+            f"tensor={config.tensor} is not the number of devices, {count}; make their product {count}."
         )
-    return jax.make_mesh((data, config.fsdp), (DATA, FSDP), (AxisType.Auto,) * 2, devices=devices)
+    if data % config.slices:
+        raise ValueError(
+            f"mesh.data={data} is not divisible by mesh.slices={config.slices}; slices are joined by the data axis."
+        )
+    shape = (data, config.fsdp, config.context, config.tensor)
+    if config.slices == 1:
+        return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
+    within, between = (data // config.slices, *shape[1:]), (config.slices, 1, 1, 1)
+    if hasattr(devices[0], "slice_index"):
+        arranged = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    else:  # simulated: equal runs of the devices
+        arranged = np.asarray(devices).reshape(shape)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     """Refuses a batch that doesn't split evenly.
 
     Raises:
-      ValueError: the examples of one part of the batch are not divisible by the devices.
+      ValueError: the examples of one part of the batch are not divisible by data times fsdp.
     """
-    count = mesh.size
+    count = mesh.shape[DATA] * mesh.shape[FSDP]
     if batch_size % (accumulation * count):
         raise ValueError(
-            f"data.batch_size={batch_size} is not divisible by {count} devices times optimizer.accumulation="
-            f"{accumulation}; the next that is, is {-(-batch_size // (accumulation * count)) * accumulation * count}."
+            f"data.batch_size={batch_size} is not divisible by mesh.data times mesh.fsdp, {count}, times "
+            f"optimizer.accumulation={accumulation}; the next that is, is "
+            f"{-(-batch_size // (accumulation * count)) * accumulation * count}."
+        )
+
+
+def check_heads(dit: DiTConfig, mesh: Mesh) -> None:
+    """Refuses a mesh over which the heads don't split evenly.
+
+    Raises:
+      ValueError: heads not divisible by context times tensor; the divisors that fit are named.
+    """
+    parts = mesh.shape[CONTEXT] * mesh.shape[TENSOR]
+    if dit.num_heads % parts:
+        fitting = [str(n) for n in range(1, dit.num_heads + 1) if dit.num_heads % n == 0]
+        raise ValueError(
+            f"model.dit.num_heads={dit.num_heads} is not divisible by mesh.context={mesh.shape[CONTEXT]} times "
+            f"mesh.tensor={mesh.shape[TENSOR]}; their product must be one of {', '.join(fitting)}."
         )
 
 
@@ -81,7 +122,7 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     Args:
       path: "/"-separated; only its end counts, so that the moments of a parameter get the same answer.
       shape: of the parameter.
-      mesh: the devices. A side that an axis doesn't divide is not split over it.
+      mesh: the devices. A side that its axes don't divide is not split.
 
     Raises:
       AssertionError: no rule knows the path.
@@ -91,9 +132,17 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     for pattern, axes in RULES:
         if re.search(rf"(^|/)({pattern})$", path):
             sides = [None] * (len(shape) - len(axes)) + list(axes)
-            fitting = [a if a and n % mesh.shape[a] == 0 else None for a, n in zip(sides, shape, strict=True)]
-            return PartitionSpec(*fitting)
+            return PartitionSpec(*(_fitting(side, size, mesh) for side, size in zip(sides, shape, strict=True)))
     raise AssertionError(f"no sharding rule for {path} {shape}")
+
+
+def _fitting(side: str | tuple[str, ...] | None, size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
+    """The axes of a side that divide it: all of them or, of several, the first alone; else none."""
+    names = (side,) if isinstance(side, str) else side or ()
+    for used in (names, names[:1]):
+        if used and size % int(np.prod([mesh.shape[name] for name in used])) == 0:
+            return used if len(used) > 1 else used[0]
+    return None
 
 
 def state_sharding(shapes: Any, mesh: Mesh) -> Any:
@@ -110,20 +159,19 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def activations_on(mesh: Mesh) -> contextlib.AbstractContextManager[None]:
-    """A context in which what is traced keeps the output of every linear layer split over the batch.
+def constrain(x: Array, place: PartitionSpec) -> Array:
+    """Tells the compiler where an activation lies on the ambient mesh; without a mesh, x as it is.
 
     Left to itself, XLA finds a kernel split along its input side and gathers the activations, which are far larger,
     in place of the kernel.
     """
-    place = NamedSharding(mesh, BATCH)
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, place)
 
-    def keep(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        out = call(*args, **kwargs)
-        linear = isinstance(context.module, Linear) and context.method_name == "__call__"
-        return jax.lax.with_sharding_constraint(out, place) if linear else out
 
-    return nn.intercept_methods(keep)
+def context_parts() -> int:
+    """Over how many devices of the ambient mesh the tokens are split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[CONTEXT]
 
 
 def to_devices(batch: Any, mesh: Mesh) -> Any:

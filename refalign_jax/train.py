@@ -40,7 +40,7 @@ from refalign_jax.metrics import Log, Meter, Profiler, about, write_config
 from refalign_jax.objective import Batch, Terms, objective
 from refalign_jax.optimizer import learning_rate, merge, moving_average, split, update
 from refalign_jax.preview import write_preview
-from refalign_jax.sharding import activations_on, check_batch, make_mesh, replicated, to_devices
+from refalign_jax.sharding import check_batch, check_heads, make_mesh, replicated, to_devices
 from refalign_jax.state import TrainState, begin, save
 from refalign_jax.train_config import Config, DropoutConfig
 from refalign_jax.types import Array, Float, Int, Key, Params
@@ -160,10 +160,8 @@ def as_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
     return Batch(**to_devices({name: arrays[name] for name in Batch._fields}, mesh))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
-def held_out_terms(
-    params: Params, batch: Batch, place: Int[Array, " B"], config: Config, mesh: Mesh
-) -> dict[str, Array]:
+@functools.partial(jax.jit, static_argnames="config")
+def held_out_terms(params: Params, batch: Batch, place: Int[Array, " B"], config: Config) -> dict[str, Array]:
     """Batch means of the loss's terms at noise and times that are fixed for each example.
 
     Args:
@@ -171,13 +169,11 @@ def held_out_terms(
       batch: held-out examples, nothing dropped.
       place: of each among the held-out examples; over all of them, times cover the schedule evenly.
       config: of the run.
-      mesh: where it runs.
     """
     key, shape = jax.random.key(config.train.seed), batch.video_latents.shape[1:]
     noise = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))(place)
     index = ((place + 0.5) * (config.model.flow.num_train_steps / config.data.held_out)).astype(jnp.int32)
-    with activations_on(mesh):
-        _, terms = objective(params, batch, noise, index, jnp.int32(0), config.model)
+    _, terms = objective(params, batch, noise, index, jnp.int32(0), config.model)
     return mean_terms(terms, batch)
 
 
@@ -194,7 +190,8 @@ def held_out_batches(config: Config, source: Source, mesh: Mesh) -> Iterator[tup
 
 def held_out_losses(params: Params, config: Config, source: Source, mesh: Mesh) -> dict[str, float]:
     """Means over the held-out examples of the loss's terms, named held_out_loss and so on."""
-    means = [held_out_terms(params, *inputs, config, mesh) for inputs in held_out_batches(config, source, mesh)]
+    with jax.set_mesh(mesh):
+        means = [held_out_terms(params, *inputs, config) for inputs in held_out_batches(config, source, mesh)]
     names = ("loss", "flow", "pull", "push")
     return {f"held_out_{name}": float(np.mean([jax.device_get(mean[name]) for mean in means])) for name in names}
 
@@ -210,12 +207,12 @@ def compile_step(
 
     def program(state: TrainState, batch: Batch, empty_text: Array) -> tuple[TrainState, dict[str, Array]]:
         step_key = jax.random.fold_in(state.key, state.step)
-        with activations_on(mesh):
-            return train_step(state, *draw(step_key, batch, empty_text, config), config)
+        return train_step(state, *draw(step_key, batch, empty_text, config), config)
 
     places = jax.tree.map(lambda x: x.sharding, state), replicated(mesh)
     began = time.perf_counter()
-    compiled = jax.jit(program, donate_argnums=0, out_shardings=places).lower(state, batch, empty_text).compile()
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(program, donate_argnums=0, out_shardings=places).lower(state, batch, empty_text).compile()
     seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
     needed = memory.temp_size_in_bytes if memory else 0
     logger.info("Compiled in %.1f s; a device needs %.3f GB beside state and batch.", seconds, needed / 1e9)
@@ -239,6 +236,7 @@ def _train(config: Config, watch: Watch) -> None:
     """As `train`, where JAX has its settings and the processes have joined."""
     mesh = make_mesh(config.mesh)
     check_batch(config.data.batch_size, config.optimizer.accumulation, mesh)
+    check_heads(config.model.dit, mesh)
     split(jax.eval_shape(lambda: random_params(config.model, jax.random.key(0))), config.optimizer.freeze)
     source = preflight.open_source(config)
     codec = preflight.preview_codec(config, source)
@@ -319,7 +317,7 @@ def _loop(
                 tested = held_out_losses(state.params, config, source, mesh) if testing else {}
                 if previewing:
                     batch = next(held_out_batches(config, source, mesh))[0]
-                    with activations_on(mesh):
+                    with jax.set_mesh(mesh):
                         write_preview(state.ema or state.params, batch, empty_text, config, done, made, codec)
             _report(unread, meter, log, checkpoints, run.max_skipped, tested)
             unread = None

@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import field
 from typing import Literal
 
-from refalign_jax.config import ModelConfig, SamplingConfig
+from refalign_jax.config import MeshConfig, ModelConfig, SamplingConfig
 from refalign_jax.data.loader import DataConfig
 
 
@@ -103,24 +103,6 @@ class OptimizerConfig:
         _check_least(self, 1, "accumulation")
         if self.schedule not in ("constant", "cosine"):
             raise ValueError(f"OptimizerConfig.schedule={self.schedule!r} is unknown; choose constant or cosine.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """How the devices are arranged; the batch is split over both axes.
-
-    Attributes:
-      data: copies of the model that share the batch; 0, all devices that `fsdp` leaves.
-      fsdp: devices over which parameters, EMA and optimizer state are split.
-    """
-
-    data: int = 0
-    fsdp: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuses empty axes."""
-        _check_least(self, 0, "data")
-        _check_least(self, 1, "fsdp")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

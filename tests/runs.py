@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 import tiny
 
-from refalign_jax.config import AlignmentConfig, ModelConfig, SamplingConfig
+from refalign_jax.config import AlignmentConfig, MeshConfig, ModelConfig, SamplingConfig
 from refalign_jax.data.loader import DataConfig
-from refalign_jax.train_config import Config, MeshConfig, OptimizerConfig, SyntheticConfig, TrainConfig
+from refalign_jax.train_config import Config, OptimizerConfig, SyntheticConfig, TrainConfig
 
 CACHE = Path(
     os.environ.get("JAX_COMPILATION_CACHE_DIR", Path(tempfile.gettempdir()) / f"refalign_jax_{getpass.getuser()}")

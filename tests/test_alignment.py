@@ -126,7 +126,8 @@ def test_projectors_of_both_kinds_learn_to_align(projector):
     @jax.jit
     @jax.value_and_grad
     def loss(params):
-        pull, push = alignment.alignment_terms(params, features, targets, ids, counts, (2, 2), config)
+        made = alignment.make_targets(targets, ids, counts, (2, 2), config)
+        pull, push = alignment.alignment_terms(params, features, made, (2, 2), config)
         return alignment.alignment_loss(pull, push, config)[0]
 
     first, gradient = loss(params)
@@ -138,12 +139,12 @@ def test_projectors_of_both_kinds_learn_to_align(projector):
 
 def test_the_convolution_sees_neighbours_and_the_perceptron_does_not():
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.standard_normal((1, 1, P, 8)), jnp.float32)
-    moved = x.at[0, 0, 3].add(1.0)
+    x = jnp.asarray(rng.standard_normal((1, P, 8)), jnp.float32)
+    moved = x.at[0, 3].add(1.0)
     for projector, reaches in (("mlp", False), ("conv", True)):
         config = dataclasses.replace(CONFIG, projector=projector)
         params = jax.tree.map(lambda p: p[0], alignment.init_projectors(config, 8, jax.random.key(0)))
-        a, b = (alignment.project(params, y, (2, 2), config)[0, 0, 0] for y in (x, moved))
+        a, b = (alignment.project(params, y, (2, 2), config)[0, 0] for y in (x, moved))
         assert bool(jnp.any(a != b)) == reaches, projector
 
 
@@ -176,17 +177,9 @@ def test_the_gate_is_the_cube_of_time():
     ("width", "tokens", "sentence"), [(5, P, "AlignmentConfig.vfm_width=6"), (E, 5, "5 tokens a reference")]
 )
 def test_targets_that_do_not_fit_are_refused(width, tokens, sentence):
-    params = alignment.init_projectors(CONFIG, 8, jax.random.key(0))
+    features, ids = jnp.zeros((1, R, tokens, width)), jnp.zeros((1, R), jnp.int32)
     with pytest.raises(ValueError, match=sentence):
-        alignment.alignment_terms(
-            params,
-            jnp.zeros((2, 1, R, P, 8)),
-            jnp.zeros((1, R, tokens, width)),
-            jnp.zeros((1, R), jnp.int32),
-            jnp.array([R]),
-            (2, 2),
-            CONFIG,
-        )
+        alignment.make_targets(features, ids, jnp.array([R]), (2, 2), CONFIG)
 
 
 @pytest.mark.parametrize(("field", "value"), [("push_margin", 3.0), ("weight", -1.0), ("target_mean_removed", 2.0)])

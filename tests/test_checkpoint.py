@@ -24,7 +24,7 @@ from refalign_jax.checkpoint import (
     read_json,
     save_params,
 )
-from refalign_jax.config import AlignmentConfig, ModelConfig
+from refalign_jax.config import AlignmentConfig, MeshConfig, ModelConfig
 from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.files import open_weights, write_weights
 from refalign_jax.convert.table import Stored, flatten, published_shapes, to_ours, to_published
@@ -33,7 +33,7 @@ from refalign_jax.initial import initial_params
 from refalign_jax.preflight import check_same_run
 from refalign_jax.sharding import make_mesh
 from refalign_jax.state import begin, save, state_shapes
-from refalign_jax.train_config import Config, MeshConfig
+from refalign_jax.train_config import Config
 
 
 def equal(ours, theirs) -> bool:

@@ -13,12 +13,12 @@ from jax.sharding import PartitionSpec
 from runs import FAST_COMPILE, MODEL, recipe
 
 from refalign_jax.checkpoint import Checkpoints
-from refalign_jax.config import ModelConfig, wan_1_3b, wan_14b
+from refalign_jax.config import AlignmentConfig, MeshConfig, ModelConfig, wan_1_3b, wan_14b
 from refalign_jax.convert.table import flatten
 from refalign_jax.sharding import (
-    activations_on,
     bytes_a_device,
     check_batch,
+    check_heads,
     make_mesh,
     param_spec,
     replicated,
@@ -27,46 +27,77 @@ from refalign_jax.sharding import (
 )
 from refalign_jax.state import begin, init_state, save, state_shapes
 from refalign_jax.train import train_step
-from refalign_jax.train_config import Config, MeshConfig, OptimizerConfig
+from refalign_jax.train_config import Config, OptimizerConfig
+
+WIDE = ModelConfig(
+    dit=dataclasses.replace(MODEL.dit, width=64, num_heads=8, num_layers=2, remat="attention"),
+    alignment=AlignmentConfig(num_blocks=2, vfm_width=8),
+)
+"""Heads for eight devices; below, grids of an odd number of tokens, which no context divides."""
+
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 4, 2), (2, 2, 2, 1), (1, 2, 2, 2)]
 
 
-def mesh_of(data: int, fsdp: int):
-    return make_mesh(MeshConfig(data=data, fsdp=fsdp), jax.devices()[: data * fsdp])
+def mesh_of(data: int, fsdp: int, context: int = 1, tensor: int = 1, slices: int = 1):
+    config = MeshConfig(data=data, fsdp=fsdp, context=context, tensor=tensor, slices=slices)
+    return make_mesh(config, jax.devices()[: data * fsdp * context * tensor])
 
 
 @functools.cache
-def one_step(data: int, fsdp: int):
-    """Metrics, gradient (the first moment is a tenth of it) and parameters after a step on this mesh."""
-    config = Config(model=MODEL, optimizer=OptimizerConfig(clip=0))
-    mesh = mesh_of(data, fsdp)
-    state = init_state(tiny.params(MODEL), jax.random.key(0), config)
+def one_step(references: int, shape: tuple[int, ...]):
+    """Metrics, gradient (the first moment is a tenth of it) and parameters after a step on this mesh, and its HLO."""
+    config = Config(model=WIDE, optimizer=OptimizerConfig(clip=0))
+    mesh = mesh_of(*shape)
+    state = init_state(tiny.params(WIDE), jax.random.key(0), config)
     places = state_sharding(state, mesh)
-    batch = tiny.batch([3, 2, 0, 1, 3, 3, 1, 2], config=MODEL)
+    counts = [min(count, references) for count in (3, 2, 0, 1, 3, 3, 1, 2)]
+    batch = tiny.batch(counts, references, config=WIDE, grid=(3, 6, 10))  # 45 video tokens, 15 of each reference
     noise = jax.random.normal(jax.random.key(1), batch.video_latents.shape)
     index = jnp.array([900, 100, 500, 700, 999, 0, 300, 820])
-
-    def step(*inputs):
-        with activations_on(mesh):
-            return train_step(*inputs, config)
-
     inputs = jax.device_put(state, places), *to_devices((batch, noise, index), mesh)
-    jitted = jax.jit(step, out_shardings=(places, replicated(mesh)), compiler_options=FAST_COMPILE)
-    compiled = jitted.lower(*inputs).compile()
+    jitted = jax.jit(
+        lambda *inputs: train_step(*inputs, config),
+        out_shardings=(places, replicated(mesh)),
+        compiler_options=FAST_COMPILE,
+    )
+    with jax.set_mesh(mesh):
+        compiled = jitted.lower(*inputs).compile()
     after, metrics = compiled(*inputs)
-    moved = re.findall(r"= [^=]*? (?:all-gather|all-reduce|reduce-scatter|all-to-all)\(", compiled.as_text())
-    activations = [line for line in moved if re.search(r"\[8,\d+,\d+[,\]]", line)]
-    assert not activations, "weights are gathered, activations never"
-    assert after.params["dit"]["blocks"]["ffn"]["in"]["kernel"].sharding.shard_shape((3, 24, 40))[1] == 24 // fsdp
+    kernel = after.params["dit"]["blocks"]["ffn"]["in"]["kernel"].sharding.shard_shape((2, 64, 40))
+    assert kernel == (2, 64 // (shape[1] * shape[2]), 40 // shape[3])
     (moments,) = [x for x in after.optimizer if hasattr(x, "mu")]
-    return jax.device_get((metrics, moments.mu, after.params))
+    return jax.device_get((metrics, moments.mu, after.params)), compiled.as_text()
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(2, 1), (2, 2), (1, 8)])
-def test_every_mesh_computes_the_same(data, fsdp):
-    for ours, theirs in zip(one_step(data, fsdp), one_step(1, 1), strict=True):
+@pytest.mark.parametrize("references", [3, 1])
+@pytest.mark.parametrize("shape", MESHES)
+def test_every_mesh_computes_the_same(shape, references):
+    expected, _ = one_step(references, (1, 1, 1, 1))
+    for ours, theirs in zip(one_step(references, shape)[0], expected, strict=True):
         ours, theirs = flatten(ours), flatten(theirs)
-        for name, expected in theirs.items():
-            assert tiny.relative(ours[name], expected) <= 1e-5 or np.abs(ours[name] - expected).max() < 1e-12, name
+        for name, value in theirs.items():
+            assert tiny.relative(ours[name], value) <= 1e-5 or np.abs(ours[name] - value).max() < 1e-12, name
+
+
+def test_weights_are_gathered_activations_never():
+    _, hlo = one_step(3, (1, 8, 1, 1))
+    moved = re.findall(r"= [^=]*? (?:all-gather|all-reduce|reduce-scatter|all-to-all)\(", hlo)
+    assert moved
+    assert not [line for line in moved if re.search(r"\[8,\d+,\d+[,\]]", line)]
+
+
+def test_slices_are_joined_by_the_data_axis():
+    devices = mesh_of(4, 1, 2, 1, slices=2).devices
+    ids = [[device.id for device in devices[rows].flat] for rows in (slice(0, 2), slice(2, 4))]
+    assert ids == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    with pytest.raises(ValueError, match=r"mesh\.data=1 is not divisible by mesh\.slices=2"):
+        mesh_of(1, 8, slices=2)
+
+
+def test_heads_that_do_not_divide_are_refused_with_the_divisors_that_fit():
+    check_heads(wan_14b(), mesh_of(1, 1, 4, 2))
+    with pytest.raises(ValueError, match=r"num_heads=12 .* mesh.context=8 .* one of 1, 2, 3, 4, 6, 12\."):
+        check_heads(wan_1_3b(), mesh_of(1, 1, 8, 1))
 
 
 @pytest.mark.parametrize("dit", [wan_1_3b(), wan_14b()])
@@ -81,8 +112,11 @@ def test_the_state_of_both_models_is_spread_evenly(dit):
 
 def test_a_side_that_does_not_divide_is_whole_and_an_unknown_parameter_is_an_error():
     mesh = mesh_of(1, 8)
-    assert param_spec("dit/blocks/self_attention/out/kernel", (3, 24, 24), mesh) == PartitionSpec(None, None, "fsdp")
-    assert param_spec("optimizer/1/mu/projectors/out", (2, 12, 8), mesh) == PartitionSpec(None, None, None)
+    both = ("fsdp", "context")
+    assert param_spec("dit/blocks/self_attention/out/kernel", (3, 24, 24), mesh) == PartitionSpec(None, "tensor", both)
+    part = mesh_of(1, 2, 4, 1)
+    assert param_spec("dit/blocks/ffn/in/kernel", (3, 12, 7), part) == PartitionSpec(None, "fsdp", "tensor")
+    assert param_spec("optimizer/1/mu/projectors/out", (2, 12, 8), mesh) == PartitionSpec(None, None, "tensor")
     with pytest.raises(AssertionError, match="no sharding rule"):
         param_spec("dit/new_layer/weights", (8, 8), mesh)
 
@@ -99,11 +133,11 @@ def test_parameters_are_born_in_their_places(tmp_path):
 
 def test_a_checkpoint_moves_between_meshes_to_the_bit(tmp_path):
     config, saved = recipe(tmp_path), None
-    for data, fsdp in ((8, 1), (1, 8), (2, 2), (1, 1), (1, 2)):
-        mesh = mesh_of(data, fsdp)
+    for shape in ((8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 1, 1, 1), (1, 2, 1, 2)):
+        mesh = mesh_of(*shape)
         with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
             state, position = begin(config, mesh, checkpoints)
-            assert state.params["projectors"]["in"].sharding.mesh.shape == {"data": data, "fsdp": fsdp}
+            assert state.params["projectors"]["in"].sharding.mesh == mesh
             assert position == (saved and {"examples_consumed": 8 * int(state.step)})
             values = jax.device_get(state._replace(key=jax.random.key_data(state.key)))
             if saved is not None:
@@ -122,5 +156,5 @@ def test_a_mesh_of_another_number_of_devices_is_refused(data, fsdp):
 
 def test_a_batch_that_does_not_divide_is_refused():
     check_batch(16, 2, mesh_of(4, 2))
-    with pytest.raises(ValueError, match=r"data.batch_size=12 is not divisible by 8 devices times .*the next.* 16"):
+    with pytest.raises(ValueError, match=r"data.batch_size=12 is not divisible by .*, 8, times .*the next.* 16"):
         check_batch(12, 1, mesh_of(4, 2))

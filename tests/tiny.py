@@ -33,10 +33,16 @@ def params(config: ModelConfig = MODEL, seed: int = 0, spread: float = 0.1) -> d
     )
 
 
-def batch(counts: list[int], references: int = 3, seed: int = 0, config: ModelConfig = MODEL) -> Batch:
+def batch(
+    counts: list[int],
+    references: int = 3,
+    seed: int = 0,
+    config: ModelConfig = MODEL,
+    grid: tuple[int, int, int] = GRID,
+) -> Batch:
     """Random samples with so many real references each; the padding holds random numbers too."""
     rng = np.random.default_rng(seed)
-    F, H, W = GRID
+    F, H, W = grid
     B, C, P = len(counts), config.dit.latent_channels, H * W // 4
 
     def normal(*shape: int) -> jax.Array:

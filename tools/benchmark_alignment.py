@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from refalign_jax.alignment import alignment_loss, alignment_terms, init_projectors, project
+from refalign_jax.alignment import alignment_loss, alignment_terms, init_projectors, make_targets, project
 from refalign_jax.command import run
 from refalign_jax.config import AlignmentConfig
 from refalign_jax.types import Array, Float, Params
@@ -28,7 +28,7 @@ def plain_loss(
     total = jnp.zeros(())
     for block in range(features.shape[0]):
         params = jax.tree.map(lambda x, i=block: x[i], projectors)
-        s = project(params, features[block], (P, 1), config).reshape(R * P, -1)
+        s = project(params, features[block].reshape(1, R * P, -1), (P, 1), config)[0]
         s = s / jnp.linalg.norm(s, axis=-1, keepdims=True)
         cosine = jnp.matmul(s, f.T, precision="highest")
         pull = jnp.mean(jax.nn.relu(1 - jnp.diagonal(cosine) - config.pull_margin))
@@ -57,8 +57,8 @@ def main(
 
     def ours(projectors: Params, features: Array, targets: Array) -> Array:
         ids, counts = jnp.arange(references)[None], jnp.full((1,), references)
-        terms = alignment_terms(projectors, features, targets, ids, counts, (tokens, 1), config)
-        return alignment_loss(*terms, config)[0]
+        made = make_targets(targets, ids, counts, (tokens, 1), config)
+        return alignment_loss(*alignment_terms(projectors, features, made, (tokens, 1), config), config)[0]
 
     results = {}
 

@@ -18,14 +18,13 @@ import numpy as np
 
 from refalign_jax.checkpoint import read_model, restore_params, save_params
 from refalign_jax.command import run
-from refalign_jax.config import AlignmentConfig, ModelConfig, wan_1_3b, wan_14b
+from refalign_jax.config import AlignmentConfig, MeshConfig, ModelConfig, wan_1_3b, wan_14b
 from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.files import open_weights, write_weights
 from refalign_jax.convert.table import published_shapes
 from refalign_jax.convert.transfer import export_weights, import_weights
 from refalign_jax.params import model_shapes
 from refalign_jax.sharding import make_mesh, state_sharding
-from refalign_jax.train_config import MeshConfig
 
 
 def main(

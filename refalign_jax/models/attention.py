@@ -1,23 +1,118 @@
-"""Scaled dot-product attention behind one function; the kernels are JAX's.
+"""Scaled dot-product attention behind two functions; the kernels are JAX's.
 
     attention(q, k, v)_i = Σ_j softmax_j(q_i·k_j / √K) v_j
 
+    kernel   where                      padding          backward
+    splash   TPU, Pallas                segment ids      recomputes scores tile by tile
+    cudnn    NVIDIA, 16-bit             lengths          the same
+    xla      anywhere, float32 too      lengths          scores of all tokens in memory
+
 Padding is a suffix of the sequence and is given as a length a sample, never as a mask of tokens by tokens.
+
+On a mesh (Ulysses, arXiv 2309.14509): tokens are split over the context axis everywhere else, and no kernel takes a
+split sequence. So queries, keys and values change from some tokens of all heads to all tokens of some heads by an
+all-to-all, and the result changes back:
+
+    [B, T/context, N/tensor, K]  ⇄  [B, T, N/(tensor·context), K]
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec
 
-from refalign_jax.config import AttentionKernel
+from refalign_jax.config import AttentionKernel, AttentionTiles
+from refalign_jax.sharding import BATCH, CONDITION, CONTEXT, HIDDEN, context_parts
 from refalign_jax.types import Array, Float, Int
 
 ATTENTION_OUTPUT = "attention"
-"""Name under which a remat policy can keep attention outputs."""
+"""Name under which a remat policy can keep what a kernel returns: the output and, of splash, the log of the sums."""
+
+LANES = 128
+"""A TPU's vector width: tiles are multiples of it."""
+
+_DEFAULT_TILES = AttentionTiles()
+
+
+def self_attention(
+    queries: tuple[Float[Array, "B _ N K"], ...],
+    keys: tuple[Float[Array, "B _ N K"], ...],
+    values: tuple[Float[Array, "B _ N K"], ...],
+    sizes: tuple[int, ...],
+    lengths: Int[Array, " B"] | None = None,
+    kernel: AttentionKernel = "auto",
+    tiles: AttentionTiles = _DEFAULT_TILES,
+) -> tuple[Float[Array, "B _ N K"], ...]:
+    """Attends within a sequence that is held as several streams, one behind the other.
+
+    Args:
+      queries: of each stream, rotated; on a mesh, tokens lie on the context axis.
+      keys: likewise.
+      values: likewise.
+      sizes: tokens of each stream; those behind are there to divide evenly over the context, and take no part.
+      lengths: tokens of each sample's sequence that count, of `sum(sizes)`; None, all.
+      kernel: as in `attention`.
+      tiles: of the splash kernel.
+
+    Returns:
+      The attended values of each stream, in its shape; 0 behind `sizes`.
+    """
+    padded = tuple(x.shape[1] for x in queries)
+    parts = context_parts()
+
+    def local(
+        queries: tuple[Array, ...], keys: tuple[Array, ...], values: tuple[Array, ...], lengths: Array | None
+    ) -> tuple[Array, ...]:
+        def whole(streams: tuple[Array, ...]) -> Array:
+            if parts > 1:
+                streams = tuple(jax.lax.all_to_all(x, CONTEXT, 2, 1, tiled=True) for x in streams)
+            return jnp.concatenate([x[:, :size] for x, size in zip(streams, sizes, strict=True)], axis=1)
+
+        out = attention(whole(queries), whole(keys), whole(values), lengths, kernel, tiles)
+        bounds = itertools.pairwise(itertools.accumulate(sizes, initial=0))
+        streams = tuple(
+            jnp.pad(out[:, a:b], ((0, 0), (0, size - (b - a)), (0, 0), (0, 0)))
+            for (a, b), size in zip(bounds, padded, strict=True)
+        )
+        if parts > 1:
+            streams = tuple(jax.lax.all_to_all(x, CONTEXT, 1, 2, tiled=True) for x in streams)
+        return streams
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(queries, keys, values, lengths)
+    specs = (HIDDEN, HIDDEN, HIDDEN, BATCH if lengths is not None else PartitionSpec())
+    return jax.shard_map(local, in_specs=specs, out_specs=HIDDEN, check_vma=False)(queries, keys, values, lengths)
+
+
+def cross_attention(
+    q: Float[Array, "B L N K"],
+    k: Float[Array, "B S N K"],
+    v: Float[Array, "B S N K"],
+    kernel: AttentionKernel = "auto",
+    tiles: AttentionTiles = _DEFAULT_TILES,
+) -> Float[Array, "B L N K"]:
+    """Attends from every query to all keys; on a mesh, each device from its own queries, which stay where they are.
+
+    Args:
+      q: queries; on a mesh, tokens lie on the context axis.
+      k: keys, whole on every device but for heads and batch.
+      v: values, as the keys.
+      kernel: as in `attention`.
+      tiles: of the splash kernel.
+    """
+    local = functools.partial(attention, kernel=kernel, tiles=tiles)
+    if jax.sharding.get_abstract_mesh().empty:
+        return local(q, k, v)
+    specs = (HIDDEN, CONDITION, CONDITION)
+    return jax.shard_map(local, in_specs=specs, out_specs=HIDDEN, check_vma=False)(q, k, v)
 
 
 def attention(
@@ -26,22 +121,83 @@ def attention(
     v: Float[Array, "B T N K"],
     lengths: Int[Array, " B"] | None = None,
     kernel: AttentionKernel = "auto",
+    tiles: AttentionTiles = _DEFAULT_TILES,
 ) -> Float[Array, "B Q N K"]:
-    """Attends from every query to the first `lengths` keys of its sample.
+    """Attends from every query to the first `lengths` keys of its sample; all of it on one device.
 
     Args:
       q: queries.
       k: keys.
       v: values; behind `lengths` any finite number, which changes nothing.
       lengths: keys that count in each sample; None, all.
-      kernel: `xla`, `cudnn` (NVIDIA, 16-bit), or `auto`: the fast one of the platform.
+      kernel: `splash` (TPU), `cudnn` (NVIDIA, 16-bit), `xla`, or `auto`: the fast one of the platform.
+      tiles: of the splash kernel.
 
     Returns:
       The attended values in q's dtype; softmax runs in float32.
     """
     if kernel == "auto":
-        kernel = "cudnn" if jax.default_backend() == "gpu" and q.dtype != jnp.float32 else "xla"
+        kernel = _fast_kernel(q.dtype)
+    if kernel == "splash":
+        return _splash(q, k, v, lengths, tiles)
     exact = jax.default_matmul_precision("highest") if q.dtype == jnp.float32 else contextlib.nullcontext()
     with exact:
-        out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=kernel)
+        fused: Literal["xla", "cudnn"] = "cudnn" if kernel == "cudnn" else "xla"
+        out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=fused)
     return checkpoint_name(out, ATTENTION_OUTPUT)
+
+
+def _fast_kernel(dtype: jnp.dtype) -> AttentionKernel:
+    """The kernel of the platform that the mesh's devices, else the default ones, belong to."""
+    mesh = jax.sharding.get_abstract_mesh()
+    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    if dtype == jnp.float32:
+        return "xla"
+    return {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")  # type: ignore[return-value]
+
+
+def _splash(q: Array, k: Array, v: Array, lengths: Array | None, tiles: AttentionTiles) -> Array:
+    """JAX's splash attention, a sample at a time, on sequences padded to whole tiles."""
+    (B, Q, N, K), T = q.shape, k.shape[1]
+    padded_q, padded_kv = _padded(Q, tiles.q, tiles.backward_q), _padded(T, tiles.kv, tiles.backward_kv)
+    backward_q, backward_kv = min(tiles.backward_q, padded_q), min(tiles.backward_kv, padded_kv)
+    blocks = splash.BlockSizes(
+        block_q=min(tiles.q, padded_q),
+        block_kv=min(tiles.kv, padded_kv),
+        block_kv_compute=min(tiles.kv_compute, padded_kv),
+        block_q_dkv=backward_q,
+        block_kv_dkv=backward_kv,
+        block_kv_dkv_compute=min(tiles.backward_kv_compute, padded_kv),
+        block_q_dq=None if tiles.fused_backward else backward_q,
+        block_kv_dq=None if tiles.fused_backward else backward_kv,
+        use_fused_bwd_kernel=tiles.fused_backward,
+    )
+    attend = splash.make_splash_mha(
+        splash.MultiHeadMask([splash.FullMask((padded_q, padded_kv))] * N),
+        block_sizes=blocks,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=ATTENTION_OUTPUT,
+        interpret=_fast_kernel(jnp.dtype(jnp.bfloat16)) != "splash",
+    )
+
+    def heads_first(x: Array, size: int) -> Array:
+        return jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    # Segment 0 holds all queries and the keys that count, segment 1 padding keys, which thus no query sees.
+    segments = None
+    if lengths is not None or padded_kv != T:
+        ends = jnp.full((B,), T) if lengths is None else lengths
+        hidden = (jnp.arange(padded_kv) >= ends[:, None]).astype(jnp.int32)
+        segments = splash.SegmentIds(q=jnp.zeros((B, padded_q), jnp.int32), kv=hidden)
+    scaled = (q.astype(jnp.float32) * K**-0.5).astype(q.dtype)
+    out = jax.vmap(attend)(
+        heads_first(scaled, padded_q), heads_first(k, padded_kv), heads_first(v, padded_kv), segments
+    )
+    return out.swapaxes(1, 2)[:, :Q].astype(q.dtype)
+
+
+def _padded(tokens: int, *tiles: int) -> int:
+    """Tokens of a sequence in whole tiles: a multiple of the largest, or the next power of two where that is less."""
+    unit = min(max(tiles), max(LANES, 1 << (tokens - 1).bit_length()))
+    return -(-tokens // unit) * unit

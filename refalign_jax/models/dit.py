@@ -11,28 +11,42 @@ after the first A blocks are what the alignment loss sees. Without references th
 weights fit.
 
 Video and reference tokens stay two arrays, here called streams, and meet in attention alone. So nothing is cut out of
-a longer sequence, and on a mesh each stream is sharded evenly by itself.
+a longer sequence, and on a mesh each stream is split evenly by itself, padded where its tokens don't divide.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AbstractMesh, PartitionSpec
 
-from refalign_jax.config import DiTConfig, RematPolicy
-from refalign_jax.models.attention import ATTENTION_OUTPUT, attention
-from refalign_jax.models.layers import LINEAR_OUTPUT, Linear, RMSNorm, layer_norm
+from refalign_jax.config import DiTConfig
+from refalign_jax.models.attention import ATTENTION_OUTPUT, cross_attention, self_attention
+from refalign_jax.models.layers import HIDDEN_OUTPUT, LINEAR_OUTPUT, Linear, RMSNorm, layer_norm
 from refalign_jax.models.rope import Rotation, rotate, rotation, time_sinusoid
+from refalign_jax.sharding import BATCH, CONDITION, CONTEXT, HIDDEN, TOKENS, constrain, context_parts
 from refalign_jax.types import Array, Float, Int, Params
 
 Streams = tuple[Float[Array, "B _ D"], ...]
-"""(video tokens [B, L, D],) or (video tokens [B, L, D], reference tokens [B, R·P, D])."""
+"""(video tokens [B, L, D],) or (video tokens [B, L, D], reference tokens [B, R·P, D]), and padding behind each."""
+
+BLOCK_INPUT = "block_input"
+"""Name of what a block begins with, which can wait in the host's memory."""
+
+REMAT_KEEPS: dict[str, tuple[str, ...]] = {
+    "dots": (LINEAR_OUTPUT, HIDDEN_OUTPUT, ATTENTION_OUTPUT),
+    "narrow": (LINEAR_OUTPUT, ATTENTION_OUTPUT),
+    "attention": (ATTENTION_OUTPUT,),
+    "full": (),
+}
+"""What each remat policy keeps of a block, by the names given to `checkpoint_name`."""
 
 
 class SelfAttention(nn.Module):
@@ -41,29 +55,37 @@ class SelfAttention(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, streams: Streams, rotations: tuple[Rotation, ...], lengths: Int[Array, " B"] | None) -> Streams:
-        """Returns the attended streams, shapes kept; `lengths` counts the tokens that are no padding."""
+    def __call__(
+        self,
+        streams: Streams,
+        rotations: tuple[Rotation, ...],
+        sizes: tuple[int, ...],
+        lengths: Int[Array, " B"] | None,
+    ) -> Streams:
+        """Returns the attended streams, shapes kept.
+
+        Args:
+          streams: normed tokens.
+          rotations: RoPE of each stream.
+          sizes: tokens of each stream without what pads it.
+          lengths: tokens of each sample that are no padded references; None, all.
+        """
         c = self.config
         dtype = jnp.dtype(c.compute_dtype)
-        query, key, value, out = (Linear(c.width, dtype, name=name) for name in ("query", "key", "value", "out"))
+        query, key, value = (Linear(c.width, dtype, HIDDEN, name=name) for name in ("query", "key", "value"))
         query_norm, key_norm = (RMSNorm(c.eps, name=name) for name in ("query_norm", "key_norm"))
-        q, k, v = (
-            jnp.concatenate(parts, axis=1)
-            for parts in zip(
-                *[
-                    (
-                        rotate(_heads(query_norm(query(x)), c), turn),
-                        rotate(_heads(key_norm(key(x)), c), turn),
-                        _heads(value(x), c),
-                    )
-                    for x, turn in zip(streams, rotations, strict=True)
-                ],
-                strict=True,
-            )
+        turned = tuple(zip(streams, rotations, strict=True))
+        attended = self_attention(
+            tuple(rotate(_heads(query_norm(query(x)), c), turn) for x, turn in turned),
+            tuple(rotate(_heads(key_norm(key(x)), c), turn) for x, turn in turned),
+            tuple(_heads(value(x), c) for x in streams),
+            sizes,
+            lengths,
+            c.attention,
+            c.tiles,
         )
-        attended = _merge(attention(q, k, v, lengths, c.attention))
-        starts = [0, streams[0].shape[1], attended.shape[1]]
-        return tuple(out(attended[:, a:b]) for a, b in itertools.pairwise(starts) if b > a)
+        out = Linear(c.width, dtype, name="out")
+        return tuple(out(_merge(x)) for x in attended)
 
 
 class CrossAttention(nn.Module):
@@ -76,10 +98,12 @@ class CrossAttention(nn.Module):
         """Returns the attended video tokens."""
         c = self.config
         dtype = jnp.dtype(c.compute_dtype)
-        query, key, value, out = (Linear(c.width, dtype, name=name) for name in ("query", "key", "value", "out"))
+        query = Linear(c.width, dtype, HIDDEN, name="query")
+        key, value = (Linear(c.width, dtype, CONDITION, name=name) for name in ("key", "value"))
         q = _heads(RMSNorm(c.eps, name="query_norm")(query(x)), c)
         k = _heads(RMSNorm(c.eps, name="key_norm")(key(text)), c)
-        return out(_merge(attention(q, k, _heads(value(text), c), kernel=c.attention)))
+        attended = cross_attention(q, k, _heads(value(text), c), c.attention, c.tiles)
+        return Linear(c.width, dtype, name="out")(_merge(attended))
 
 
 class FeedForward(nn.Module):
@@ -88,12 +112,14 @@ class FeedForward(nn.Module):
     hidden: int
     features: int
     dtype: jnp.dtype
+    hidden_place: PartitionSpec = HIDDEN
+    place: PartitionSpec = TOKENS
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         """Returns [B, T, features]."""
-        x = nn.gelu(Linear(self.hidden, self.dtype, name="in")(x), approximate=True)
-        return Linear(self.features, self.dtype, name="out")(x)
+        x = Linear(self.hidden, self.dtype, self.hidden_place, HIDDEN_OUTPUT, name="in")(x)
+        return Linear(self.features, self.dtype, self.place, name="out")(nn.gelu(x, approximate=True))
 
 
 class Block(nn.Module):
@@ -108,6 +134,7 @@ class Block(nn.Module):
         time: Float[Array, "B 6 D"],
         text: Float[Array, "B S D"],
         rotations: tuple[Rotation, ...],
+        sizes: tuple[int, ...],
         lengths: Int[Array, " B"] | None,
     ) -> Streams:
         """Maps the streams to the streams after this block.
@@ -117,15 +144,17 @@ class Block(nn.Module):
           time: the projected time, float32: shift, scale, gate of attention, then of the feed-forward network.
           text: embedded text, in the compute dtype.
           rotations: RoPE of each stream.
-          lengths: tokens of each sample that are no padding; None, all.
+          sizes: tokens of each stream without what pads it.
+          lengths: tokens of each sample that are no padded references; None, all.
         """
         c = self.config
         dtype = jnp.dtype(c.compute_dtype)
+        streams = tuple(checkpoint_name(constrain(x, TOKENS), BLOCK_INPUT) for x in streams)
         modulation = self.param("modulation", nn.initializers.normal(c.width**-0.5), (6, c.width))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split((time + modulation).astype(jnp.float32), 6, axis=1)
 
         inputs = tuple(_modulate(x, shift1, scale1, c.eps).astype(dtype) for x in streams)
-        outputs = SelfAttention(c, name="self_attention")(inputs, rotations, lengths)
+        outputs = SelfAttention(c, name="self_attention")(inputs, rotations, sizes, lengths)
         video, *reference = (_gated(x, gate1, y) for x, y in zip(streams, outputs, strict=True))
 
         normed = nn.LayerNorm(c.eps, use_fast_variance=False, dtype=jnp.float32, name="cross_norm")(video)
@@ -164,10 +193,10 @@ class DiT(nn.Module):
         dtype, float32 = jnp.dtype(c.compute_dtype), jnp.dtype(jnp.float32)
         small = nn.initializers.normal(0.02)
         self.patch_embedding = Linear(c.width, float32)
-        self.text_embedding = FeedForward(c.width, c.width, dtype)
-        self.time_in = Linear(c.width, float32, kernel_init=small)
-        self.time_out = Linear(c.width, float32, kernel_init=small)
-        self.time_projection = Linear(6 * c.width, float32)
+        self.text_embedding = FeedForward(c.width, c.width, dtype, CONDITION, BATCH)
+        self.time_in = Linear(c.width, float32, BATCH, kernel_init=small)
+        self.time_out = Linear(c.width, float32, BATCH, kernel_init=small)
+        self.time_projection = Linear(6 * c.width, float32, BATCH)
         self.head = Head(c)
         self.blocks = self.param("blocks", functools.partial(_init_blocks, c))
 
@@ -180,8 +209,10 @@ class DiT(nn.Module):
         num_references: Int[Array, " B"] | None = None,
         reference_positions: Int[Array, "B R"] | None = None,
         num_feature_blocks: int = 0,
-    ) -> tuple[Float[Array, "B F H W C"], Float[Array, "A B R P D"] | None]:
-        """Predicts the velocity, and returns the reference tokens of the first blocks where asked.
+        tap: Callable[[Params, Float[Array, "B _ D"]], Any] | None = None,
+        tap_params: Params | None = None,
+    ) -> tuple[Float[Array, "B F H W C"], Any]:
+        """Predicts the velocity, and returns the reference tokens of the first blocks, or what `tap` makes of them.
 
         Args:
           latents: noisy video latents, normalised.
@@ -191,33 +222,38 @@ class DiT(nn.Module):
           num_references: how many of the R references of each sample are real; the rest is padding behind them, of
             any content, and invisible. None, all R.
           reference_positions: time position of each reference; None, F + r as published.
-          num_feature_blocks: A, after how many blocks the reference tokens are returned.
+          num_feature_blocks: A, after how many blocks the reference tokens are tapped.
+          tap: maps a block's part of `tap_params` and its reference tokens [B, ≥ R·P, D] to arrays. It runs within
+            the block, so that the tokens themselves need not be kept for the backward pass. None returns the tokens.
+          tap_params: of the tap, stacked along a leading axis A.
 
         Returns:
-          The velocity in float32 and, if A > 0, the reference tokens after blocks 0..A-1 in the residual dtype
-          (undefined where a reference is padding), else None.
+          The velocity in float32 and, if A > 0, the tap's results stacked along a leading axis A; by default the
+          reference tokens [A, B, R, P, D] in the residual dtype (undefined where a reference is padding). Else None.
 
         Raises:
           ValueError: the latent grid is not divisible by the patch or too large for the rotary table.
         """
-        state = self._embed(latents, t, text, reference_latents, num_references, reference_positions)
-        streams, e, block = state
-        params = _cast_kernels(self.blocks, jnp.dtype(self.config.compute_dtype))
-        features = None
-        if num_feature_blocks and reference_latents is not None:
+        c, A = self.config, num_feature_blocks if reference_latents is not None else 0
+        streams, e, block = self._embed(latents, t, text, reference_latents, num_references, reference_positions)
+        params = _cast_kernels(self.blocks, jnp.dtype(c.compute_dtype))
+        features: Any = None
+        if A:
             first, rest = (
-                jax.tree.map(lambda x, part=part: x[part], params)
-                for part in (slice(None, num_feature_blocks), slice(num_feature_blocks, None))
+                jax.tree.map(lambda x, part=part: x[part], params) for part in (slice(None, A), slice(A, None))
             )
-            streams, features = _scan(block, streams, first, self.config.remat, lambda s: s[1])
-            if num_feature_blocks < self.config.num_layers:
-                streams, _ = _scan(block, streams, rest, self.config.remat, lambda s: None)
-            features = features.reshape(*features.shape[:2], reference_latents.shape[1], -1, self.config.width)
-        else:
-            streams, _ = _scan(block, streams, params, self.config.remat, lambda s: None)
-        patches = self.head(streams[0], e)
-        grid = self.config.token_grid(*latents.shape[1:4])
-        return unpatchify(patches, grid, self.config), features
+            tapped = (lambda s, p: s[1]) if tap is None else (lambda s, p: tap(p, s[1]))
+            streams, features = _scan(block, streams, (first, tap_params), c, tapped)
+            params = rest
+        if c.num_layers > A:
+            streams, _ = _scan(block, streams, (params, None), c, lambda s, p: None)
+        if A and tap is None:
+            assert reference_latents is not None
+            count, rows, columns = c.token_grid(*reference_latents.shape[1:4])
+            features = features[:, :, : count * rows * columns].reshape(A, latents.shape[0], count, -1, c.width)
+        grid = c.token_grid(*latents.shape[1:4])
+        patches = self.head(streams[0], e)[:, : grid[0] * grid[1] * grid[2]]
+        return unpatchify(patches, grid, c), features
 
     def hidden_states(
         self,
@@ -230,9 +266,10 @@ class DiT(nn.Module):
 
         Arguments as in `__call__`; the result holds layers × tokens × D values.
         """
+        config = dataclasses.replace(self.config, remat="none", offload=False)
         streams, _, block = self._embed(latents, t, text, reference_latents, None, None)
-        params = _cast_kernels(self.blocks, jnp.dtype(self.config.compute_dtype))
-        _, states = _scan(block, streams, params, "none", lambda s: jnp.concatenate(s, axis=1))
+        params = _cast_kernels(self.blocks, jnp.dtype(config.compute_dtype))
+        _, states = _scan(block, streams, (params, None), config, lambda s, p: jnp.concatenate(s, axis=1))
         return states
 
     def _embed(
@@ -248,7 +285,7 @@ class DiT(nn.Module):
         c = self.config
         frames, rows, columns = c.token_grid(*latents.shape[1:4])
         with jax.named_scope("embed"):
-            streams = [self.patch_embedding(patchify(latents, c)).astype(c.residual_dtype)]
+            patches = [patchify(latents, c)]
             rotations = [rotation(jnp.arange(frames)[None], rows, columns, c)]
             lengths = None
             if reference_latents is not None:
@@ -263,9 +300,12 @@ class DiT(nn.Module):
                 if num_references is not None:
                     real = jnp.arange(count) < num_references[:, None]
                     reference_latents = jnp.where(real[:, :, None, None, None], reference_latents, 0)
-                    lengths = streams[0].shape[1] + num_references * ref_rows * ref_columns
-                streams.append(self.patch_embedding(patchify(reference_latents, c)).astype(c.residual_dtype))
+                    lengths = patches[0].shape[1] + num_references * ref_rows * ref_columns
+                patches.append(patchify(reference_latents, c))
                 rotations.append(rotation(reference_positions, ref_rows, ref_columns, c))
+            sizes = tuple(x.shape[1] for x in patches)
+            streams = tuple(self.patch_embedding(_divisible(x)).astype(c.residual_dtype) for x in patches)
+            turns = tuple((_divisible(cos), _divisible(sin)) for cos, sin in rotations)
             embedded_text = self.text_embedding(text)
             sinusoid = time_sinusoid(t, c.frequency_width)[:, None]
             e = self.time_out(nn.silu(self.time_in(sinusoid)))
@@ -273,11 +313,11 @@ class DiT(nn.Module):
 
         def block(streams: Streams, params: Params) -> Streams:
             outputs: Any = Block(c, parent=None).apply(
-                {"params": params}, streams, time, embedded_text, tuple(rotations), lengths
+                {"params": params}, streams, time, embedded_text, turns, sizes, lengths
             )
             return outputs
 
-        return tuple(streams), e[:, 0], block
+        return streams, e[:, 0], block
 
 
 def init_params(config: DiTConfig, key: Array) -> dict[str, Any]:
@@ -312,9 +352,9 @@ def _init_blocks(config: DiTConfig, key: Array) -> Params:
     turn = rotation(jnp.zeros((1, 1), jnp.int32), 1, 1, config)
 
     def one(key: Array) -> Params:
-        return Block(config, parent=None).init(key, (tokens,), jnp.zeros((1, 6, config.width)), tokens, (turn,), None)[
-            "params"
-        ]
+        inputs = (tokens,), jnp.zeros((1, 6, config.width)), tokens, (turn,), (1,), None
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):  # one token can't be split
+            return Block(config, parent=None).init(key, *inputs)["params"]
 
     return jax.vmap(one)(jax.random.split(key, config.num_layers))
 
@@ -322,22 +362,36 @@ def _init_blocks(config: DiTConfig, key: Array) -> Params:
 def _scan(
     block: Callable[[Streams, Params], Streams],
     streams: Streams,
-    params: Params,
-    remat: RematPolicy,
-    keep: Callable[[Streams], Array | None],
+    params: tuple[Params, Params | None],
+    config: DiTConfig,
+    tap: Callable[[Streams, Params | None], Any],
 ) -> tuple[Streams, Any]:
-    """Runs the blocks over stacked parameters; stacks what `keep` takes from each block's output."""
+    """Runs the blocks over stacked parameters, (theirs, the tap's); stacks what `tap` makes of each block's output."""
 
-    def body(streams: Streams, params: Params) -> tuple[Streams, Array | None]:
-        streams = block(streams, params)
-        return streams, keep(streams)
+    def body(streams: Streams, params: tuple[Params, Params | None]) -> tuple[Streams, Any]:
+        streams = block(streams, params[0])
+        return streams, tap(streams, params[1])
 
-    names = {"dots": (LINEAR_OUTPUT, ATTENTION_OUTPUT), "attention": (ATTENTION_OUTPUT,), "full": ()}
-    if remat != "none":
-        policy = jax.checkpoint_policies.save_only_these_names(*names[remat])
+    if config.remat != "none":
+        names = REMAT_KEEPS[config.remat]
+        policy = jax.checkpoint_policies.save_only_these_names(*names)
+        if config.offload:
+            policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=list(names),
+                names_which_can_be_offloaded=[BLOCK_INPUT],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
         body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     with jax.named_scope("blocks"):
         return jax.lax.scan(body, streams, params)
+
+
+def _divisible(x: Float[Array, "#B T *rest"]) -> Float[Array, "#B U *rest"]:
+    """Pads axis 1, tokens, with zeros until the ambient mesh's context divides it, and splits it there."""
+    missing = -x.shape[1] % context_parts()
+    x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
+    return constrain(x, TOKENS if x.shape[0] > 1 else PartitionSpec(None, CONTEXT))
 
 
 def _cast_kernels(params: Params, dtype: jnp.dtype) -> Params:

@@ -6,11 +6,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
+from refalign_jax.sharding import TOKENS, constrain
 from refalign_jax.types import Array, Float
 
 LINEAR_OUTPUT = "linear"
 """Name under which a remat policy can keep the outputs of linear layers."""
+
+HIDDEN_OUTPUT = "hidden"
+"""The same of the feed-forward network's hidden layer, which is the widest."""
 
 
 def precision_of(dtype: jnp.dtype) -> jax.lax.Precision:
@@ -50,10 +55,15 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nn.Module):
-    """Maps to x @ kernel + bias over the last axis of [B, T, I], in `dtype`; parameters start as float32."""
+    """Maps to x @ kernel + bias over the last axis of [B, T, I], in `dtype`; parameters start as float32.
+
+    The output lies on the mesh at `place` and is kept by remat policies that keep `kept_as`.
+    """
 
     features: int
     dtype: jnp.dtype
+    place: PartitionSpec = TOKENS
+    kept_as: str = LINEAR_OUTPUT
     use_bias: bool = True
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
 
@@ -61,10 +71,10 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
         """Returns [B, T, features]."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = constrain(matmul(x.astype(self.dtype), kernel.astype(self.dtype)), self.place)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        return checkpoint_name(y, LINEAR_OUTPUT)
+        return checkpoint_name(y, self.kept_as)
 
 
 class RMSNorm(nn.Module):

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from refalign_jax.checkpoint import find_checkpoint, restore_params
-from refalign_jax.config import DiTConfig, ModelConfig
+from refalign_jax.config import DiTConfig, MeshConfig, ModelConfig
 from refalign_jax.data.loader import make_loader
 from refalign_jax.data.shards import ShardSource
 from refalign_jax.flow import corrupt, lookup, training_schedule
@@ -28,7 +28,7 @@ from refalign_jax.report import representation
 from refalign_jax.report.run import Run
 from refalign_jax.sharding import make_mesh
 from refalign_jax.state import state_shapes
-from refalign_jax.train_config import Config, MeshConfig
+from refalign_jax.train_config import Config
 from refalign_jax.types import Array, Bool, Float, Int, Params
 
 EXAMPLES = 64

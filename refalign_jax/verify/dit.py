@@ -23,7 +23,7 @@ from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.table import Params, to_ours, to_published
 from refalign_jax.models.dit import DiT
-from refalign_jax.objective import Batch, Forward, Terms, all_aligned, sample_terms
+from refalign_jax.objective import Batch, Terms, all_aligned, sample_terms
 from refalign_jax.params import model_shapes
 from refalign_jax.sampling import sample
 from refalign_jax.verify.report import Report
@@ -143,7 +143,7 @@ class DiTCheck:
         table = flow.training_schedule(self.config.flow)
         self.report.compare(f"train_{what}", getattr(table, what), self.values[f"train_{what}"], "forward")
 
-    def _terms(self, params: Params, index: int) -> tuple[Terms, Forward]:
+    def _terms(self, params: Params, index: int) -> tuple[Terms, jax.Array]:
         batch = self._batch
         indices = jnp.full(batch.video_latents.shape[:1], index)
         return _loss_terms(params, batch, self._latents("noise"), indices, config=self.config)
@@ -166,7 +166,7 @@ class DiTCheck:
         """Everything on the way to one step's loss."""
         i, name = int(index), f"step{index}"
         batch, values = self._batch, self.values
-        terms, out = self._terms(self.params, i)
+        terms, velocity = self._terms(self.params, i)
         sigma, t, _ = flow.lookup(flow.training_schedule(self.config.flow), jnp.full(batch.text.shape[:1], i))
         noisy, target = flow.corrupt(batch.video_latents, self._latents("noise"), sigma)
         for part, ours in (
@@ -176,13 +176,13 @@ class DiTCheck:
         ):
             if f"{name}_{part}" in values:
                 self.report.compare(f"{name}_{part}", ours, values[f"{name}_{part}"], "forward")
-        row = self.report.compare(
-            f"{name}_velocity", self._published(out.velocity), values[f"{name}_velocity"], "forward"
-        )
-        self._hidden(name, (noisy, t, batch.text, batch.reference_latents), row.passed)
+        row = self.report.compare(f"{name}_velocity", self._published(velocity), values[f"{name}_velocity"], "forward")
+        inputs = noisy, t, batch.text, batch.reference_latents
+        self._hidden(name, inputs, row.passed)
         if f"{name}_ref_features" in values:
-            assert out.features is not None
-            features = out.features.reshape(*out.features.shape[:2], -1, out.features.shape[-1])
+            blocks = self.config.alignment.num_blocks
+            _, features = _forward(self.params["dit"], *inputs, config=self.config.dit, num_feature_blocks=blocks)
+            features = features.reshape(*features.shape[:2], -1, features.shape[-1])
             theirs = values[f"{name}_ref_features"]
             self.report.compare(f"{name}_ref_features", np.asarray(features, np.float32), theirs, "forward")
         if f"{name}_scalars" in values:
@@ -273,9 +273,9 @@ class DiTCheck:
         return float(loss), gradient
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _forward(params: Params, *inputs: Any, config: DiTConfig) -> Any:
-    return DiT(config).apply({"params": params}, *inputs)
+@functools.partial(jax.jit, static_argnames=("config", "num_feature_blocks"))
+def _forward(params: Params, *inputs: Any, config: DiTConfig, num_feature_blocks: int = 0) -> Any:
+    return DiT(config).apply({"params": params}, *inputs, num_feature_blocks=num_feature_blocks)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -30,8 +30,8 @@ def all_of_it(params, batch, noise, index, config=tiny.MODEL):
     """Velocity, terms and gradient in one program."""
 
     def loss(params):
-        terms, out = sample_terms(params, batch, noise, index, jnp.int32(0), config)
-        return jnp.mean(terms.loss), (terms, out.velocity)
+        terms, velocity = sample_terms(params, batch, noise, index, jnp.int32(0), config)
+        return jnp.mean(terms.loss), (terms, velocity)
 
     (_, (terms, velocity)), gradient = jax.value_and_grad(loss, has_aux=True)(params)
     return velocity, terms, gradient
