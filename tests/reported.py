@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import runs  # noqa: F401, keeps compiled programs
 import tiny
 from PIL import Image
 

@@ -177,10 +177,10 @@ def _evaluations(pairs: Sequence[Pair]) -> str:
 
 def differences_table(names: Sequence[str], values: Mapping[str, Sequence[Sequence[float]]]) -> str:
     """Aligned against λ = 0 for each pair, the mean difference and its interval; a row a number."""
-    head = ["aligned / λ = 0", *names, "mean difference", "95% interval"]
+    head = ["aligned / λ = 0", "mean difference", "95% interval", *names]
     rows = []
     for title, pairs in values.items():
         mean, low, high = interval([one - other for one, other in pairs])
         between = f"{low:+.3g} to {high:+.3g}" if np.isfinite(low) else html.ABSENT
-        rows.append([title, *(f"{html.number(a)} / {html.number(b)}" for a, b in pairs), f"{mean:+.3g}", between])
+        rows.append([title, f"{mean:+.3g}", between, *(f"{html.number(a)} / {html.number(b)}" for a, b in pairs)])
     return html.table(head, rows)

@@ -66,7 +66,6 @@ def losses(
             axes.plot(*held_out, color=theme.ink, linewidth=1.2, marker="o", markersize=3.5, label="held out")
         _logarithmic(axes, np.concatenate([smooth, held_out[1]]))
         axes.set_xlabel("step")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
 
     ends = smooth[np.isfinite(smooth)]
     alt = f"{title} over {len(steps)} steps"
@@ -108,11 +107,10 @@ def blocks(name: str, title: str, curves: Sequence[Curve], aligned: int, levels:
         axes.set_xlabel("block")
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=8))
         axes.margins(y=0.12)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
 
     told = [f"{c.label} from {_tell(c.y[0])} to {_tell(c.y[-1])}" for c in curves if len(c.y)]
     told += [f"{label} {_tell(value)}" for label, value in known.items()]
-    return _picture(name, title, f"{title} over the blocks: {'; '.join(told)}", paint, (4.8, 3.4))
+    return _picture(name, title, f"{title} over the blocks: {'; '.join(told)}", paint, (4.8, 3.1))
 
 
 def token_map(
@@ -162,13 +160,12 @@ def pairs(name: str, title: str, labels: Sequence[str], aligned: Sequence[float]
         axes.set_ylim(len(labels) - 0.5, -0.5)
         axes.margins(x=0.12)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=5))
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.3 if len(labels) < 4 else -0.15), ncols=2)
 
     told = "; ".join(
         f"{row} {_tell(a)} against {_tell(b)}" for row, a, b in zip(labels, aligned, baseline, strict=True)
     )
     alt = f"{title} with alignment against λ = 0: {told}"
-    return _picture(name, title, alt, paint, (4.8, 1.5 + 0.4 * len(labels)))
+    return _picture(name, title, alt, paint, (4.8, 1.2 + 0.36 * len(labels)))
 
 
 def _picture(
@@ -191,11 +188,19 @@ def _draw(paint: Callable[[Axes, Theme], None], theme: Theme, size: tuple[float,
     for side, spine in axes.spines.items():
         spine.set(color=theme.line, linewidth=0.8, visible=side in ("left", "bottom"))
     paint(axes, theme)
-    legend = axes.get_legend()
-    if legend is not None:
-        legend.set_frame_on(False)
-        for text in legend.get_texts():
-            text.set(color=theme.ink, size=8.5)
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(
+            handles,
+            labels,
+            loc="outside lower center",
+            ncols=len(handles),
+            frameon=False,
+            fontsize=8.5,
+            labelcolor=theme.ink,
+            columnspacing=1.4,
+            handlelength=1.8,
+        )
     file = io.BytesIO()
     figure.savefig(file, format="png", facecolor=theme.paper)
     return file.getvalue()

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from refalign_jax.checkpoint import from_dict
-from refalign_jax.metrics import read_metrics
 from refalign_jax.train_config import Config
 from refalign_jax.types import Float, Int
 
@@ -96,28 +95,30 @@ def read_run(folder: Path) -> Run:
         config, about = from_dict(Config, recipe["config"], str(folder / "config.json")), recipe["about"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is not one that a run wrote: {error!r}.") from error
-    metrics = folder / "metrics.jsonl"
-    program: dict[str, Any] = {}
-    steps: list[dict[str, Any]] = []
-    if metrics.is_file():
-        try:
-            steps = read_metrics(metrics)
-            lines = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
-            program = ([line for line in lines if "compile_seconds" in line] or [{}])[-1]
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{metrics} can't be read: {error}.") from error
+    told = _metrics(folder / "metrics.jsonl")
     listed = list(_samples(folder / "samples"))
     whole = [s for s in listed if s.video.is_file() and all(image.is_file() for image, _ in s.references)]
     return Run(
         folder=folder,
         config=config,
         about=about,
-        program=program,
-        steps=tuple(steps),
+        program=([line for line in told if "compile_seconds" in line] or [{}])[-1],
+        steps=tuple(line for line in told if "step" in line),
         samples=tuple(whole),
         lost=len(listed) - len(whole),
         evaluation=_evaluation(folder / "evaluation.json"),
     )
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines but a last one that is still being written."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read: {error}.") from error
 
 
 def _samples(folder: Path) -> Iterator[Sample]:

@@ -134,11 +134,8 @@ def _card(sample: Sample) -> str:
     for kind, path in rows:
         numbers, pixels = _strip(path)
         strips += html.image(pixels, f"Frames of the {kind} video, in order: {sample.prompt}")
-    told = (
-        "Frames "
-        + ", ".join(map(str, numbers))
-        + (" sampled, and below of the true clip" if sample.truth else " sampled")
-    )
+    order = ": sampled, and the true clip below" if sample.truth else ", sampled"
+    told = f"Frames {', '.join(map(str, numbers))}{order}"
     media.append(f'<figure class="frames">{strips}<figcaption>{told}</figcaption></figure>')
     for kind, path in rows:
         caption = "sampled" if kind == "sampled" else "true clip"

@@ -78,7 +78,7 @@ figcaption { margin-top: 4px; line-height: 1.4; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 10px 0; padding: 0;
   list-style: none; font-size: 0.9rem; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 6px 12px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 thead th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
 th[scope=row], thead th:first-child { text-align: left; font-weight: 500; }
 tr.total > * { border-top: 2px solid var(--line); font-weight: 600; }
@@ -111,9 +111,10 @@ footer { padding-top: 40px; padding-bottom: 48px; }
 @media (max-width: 520px) {
   main, header, footer { padding-left: 14px; padding-right: 14px; }
   .sample { padding: 12px; }
-  .media .reference { width: calc(50% - 8px); max-width: 130px; }
+  .media .frames { flex-basis: 100%; }
   .media .video { width: calc(50% - 8px); }
-  .media .frames { order: 3; flex-basis: 100%; }
+  th[scope=row] { white-space: normal; min-width: 9em; }
+  table.confusion th[scope=row] { min-width: 0; }
 }
 @media print { nav, button { display: none; } }
 """

@@ -22,12 +22,11 @@ from refalign_jax.config import DiTConfig, MeshConfig, ModelConfig
 from refalign_jax.data.loader import make_loader
 from refalign_jax.data.shards import ShardSource
 from refalign_jax.flow import corrupt, lookup, training_schedule
-from refalign_jax.initial import initial_params
+from refalign_jax.initial import initial_params, random_params
 from refalign_jax.models.dit import DiT, patchify
 from refalign_jax.report import representation
 from refalign_jax.report.run import Run
-from refalign_jax.sharding import make_mesh
-from refalign_jax.state import state_shapes
+from refalign_jax.sharding import make_mesh, state_sharding
 from refalign_jax.train_config import Config
 from refalign_jax.types import Array, Bool, Float, Int, Params
 
@@ -116,7 +115,7 @@ def trained_params(run: Run) -> tuple[dict[str, Any], int]:
     """
     folder = run.config.train.checkpoint_folder or run.folder
     path, _ = find_checkpoint(folder)
-    return restore_params(path, _shapes(run.config)), int(path.name)
+    return restore_params(path, _shapes(run.config.model)), int(path.name)
 
 
 def untrained_params(config: Config) -> dict[str, Any]:
@@ -126,7 +125,7 @@ def untrained_params(config: Config) -> dict[str, Any]:
       ValueError: what it was started from is gone.
     """
     init_key, _ = jax.random.split(jax.random.key(config.train.seed))  # as state.begin
-    return initial_params(config.train.init, config.train.init_ema, config.model, _shapes(config), init_key)[0]
+    return initial_params(config.train.init, config.train.init_ema, config.model, _shapes(config.model), init_key)[0]
 
 
 def features(params: Params, references: References, config: Config, desc: str) -> Float[np.ndarray, "layers n D"]:
@@ -177,10 +176,12 @@ def _forward(
     return outputs[1][:, 0, reference, token]
 
 
-def _shapes(config: Config) -> Params:
+@functools.cache
+def _shapes(model: ModelConfig) -> Params:
     """Shapes of the parameters, all of them on the first device."""
-    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
-    return state_shapes(config, mesh).params
+    shapes = jax.eval_shape(lambda: random_params(model, jax.random.key(0)))
+    places = state_sharding(shapes, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
 
 
 def _names(source: ShardSource, row: Mapping[str, np.ndarray]) -> list[str]:

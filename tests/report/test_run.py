@@ -34,7 +34,7 @@ def test_no_run(tmp_path):
         ("config.json", "{", r"config\.json is not JSON"),
         ("config.json", "{}", r"config\.json is not one that a run wrote"),
         ("config.json", '{"config": {"modle": 1}, "about": {}}', r"Config has no field 'modle'"),
-        ("metrics.jsonl", "{", r"metrics\.jsonl can't be read"),
+        ("metrics.jsonl", "{\n", r"metrics\.jsonl can't be read"),
         ("samples/samples.json", '[{"id": "0"}]', r"samples\.json is no list of samples \(KeyError\('prompt'\)\)"),
         ("evaluation.json", '{"numbers": {"a": "b"}}', r"evaluation\.json is no evaluation \(could not convert"),
         (
@@ -66,7 +66,7 @@ def test_lost_files_and_missing_ones(runs, tmp_path):
     run = read_run(copy)
     assert (run.samples, run.evaluation, run.steps) == ((), None, ())
     lines = [{"start": 0}, {"step": 1, "loss": None}, {"step": 2, "loss": 1}]
-    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3')
     steps, values = read_run(copy).series("loss")
     assert steps.tolist() == [1, 2]
     assert np.isnan(values[0])

@@ -83,6 +83,6 @@ def test_features_are_the_transformers(runs, references, trained):
 def test_before_training_is_where_a_run_starts(runs, tmp_path):
     config = read_run(runs["a1"]).config
     with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
-        state, _ = begin(config, make_mesh(MeshConfig()), checkpoints)
+        state, _ = begin(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]), checkpoints)
     ours = tokens.untrained_params(config)
     jax.tree.map(np.testing.assert_array_equal, ours, jax.device_get(state.params))
