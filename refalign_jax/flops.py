@@ -1,9 +1,9 @@
-"""Floating-point operations of a training or sampling step, counted from the model's sizes; and what devices can do.
+"""Floating-point operations of a training or sampling step, counted from the model's sizes.
 
 A matmul of [m, k] and [k, n] counts 2·m·k·n; element-wise work counts nothing. A training step counts three times
 the forward pass: the backward pass computes two products, of the gradient with the input and with the weight, for each
-of the forward's. What rematerialisation computes a second time is not counted, so that MFU compares runs of different
-memory policies.
+of the forward's. What is computed a second time is not counted, so that MFU compares runs of different memory policies;
+`repeated_flops` counts it apart.
 
     MFU = operations of a step / (seconds a step · devices · peak of a device)
 """
@@ -12,24 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from typing import Literal
+
 from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig
-
-PEAK_TFLOPS: tuple[tuple[str, float], ...] = (
-    ("TPU v4", 275.0),
-    ("TPU v5 lite", 197.0),
-    ("TPU v5e", 197.0),
-    ("TPU v5p", 459.0),
-    ("TPU v5", 459.0),
-    ("TPU v6 lite", 918.0),
-    ("TPU v6e", 918.0),
-    ("NVIDIA A100", 312.0),
-    ("NVIDIA H100 PCIe", 756.0),
-    ("NVIDIA H100 NVL", 835.0),
-    ("NVIDIA H100", 989.0),
-    ("NVIDIA H200", 989.0),
-)
-"""Dense bfloat16 peak of one device by the start of its `device_kind`, from the vendors' data sheets. First match."""
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
@@ -83,11 +68,36 @@ def train_flops(model: ModelConfig, shape: Shape) -> int:
     return total
 
 
+def repeated_flops(model: ModelConfig, shape: Shape, kernel: Literal["splash", "cudnn", "xla"]) -> int:
+    """What a training step on one sample computes a second time, beyond `train_flops`.
+
+    The backward pass begins with the forward pass of each block, as far as the remat policy has not kept it (all of it
+    is needed: its last product for the gate's gradient). Beside that, kernels that never store the scores compute them
+    again: splash's two backward kernels take seven products a tile where four are counted, its fused one and cuDNN's
+    five.
+    """
+    dit = model.dit
+    L, RP = tokens(dit, shape)
+    T, S, D = L + RP, shape.text_length, dit.width
+    scores = T * T * D + L * S * D  # one product of self- and of cross-attention
+    narrow = 4 * T * D * D + 2 * (L + S) * D * D
+    wide = T * D * dit.ffn_width
+    thin = narrow + 2 * wide
+    again = {"none": 0, "dots": 0, "narrow": wide, "attention": thin, "full": thin + 2 * scores}
+    kept = dit.remat in ("dots", "narrow", "attention")
+    if kernel == "xla":
+        kernel_again = scores if kept else 0  # the scores themselves have no name
+    elif kernel == "splash" and not dit.tiles.fused_backward:
+        kernel_again = 3 * scores
+    else:
+        kernel_again = scores + (2 * scores if kernel == "cudnn" and kept else 0)  # its row sums have no name
+    total = dit.num_layers * (again[dit.remat] + kernel_again)
+    if model.alignment.weight > 0:
+        projectors, cosines = alignment_flops(dit, model.alignment, shape)
+        total += (projectors + cosines) // 2
+    return 2 * total
+
+
 def sample_flops(dit: DiTConfig, shape: Shape, num_steps: int) -> int:
     """Of sampling one video: three branches of guidance a step, two without references."""
     return num_steps * (3 if shape.references else 2) * forward_flops(dit, shape)
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Operations a second of one device in bfloat16; None where the table doesn't know it."""
-    return next((tflops * 1e12 for name, tflops in PEAK_TFLOPS if device_kind.startswith(name)), None)

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import refalign_jax
 from refalign_jax import flops
+from refalign_jax.devices import peak_flops
 from refalign_jax.train_config import Config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -72,7 +73,7 @@ class Meter:
         self._examples = config.data.batch_size
         self._tokens = self._examples * sum(flops.tokens(config.model.dit, shape))
         self._flops = self._examples * flops.train_flops(config.model, shape)
-        device = config.train.peak_tflops * 1e12 or flops.peak_flops(jax.devices()[0].device_kind)
+        device = config.train.peak_tflops * 1e12 or peak_flops(jax.devices()[0].device_kind)
         self._peak = device and device * jax.device_count()
         self.restart()
 

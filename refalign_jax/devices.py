@@ -1,0 +1,59 @@
+"""What accelerators can do, and the XLA flags that each platform wants: the one place for both.
+
+Peaks are dense bfloat16. Bandwidths are of one chip, both directions together where the vendor says so. Sources, read
+in November 2026: Google's pages on TPU v4, v5e, v5p and v6e under "TPU system architecture"; NVIDIA's A100, H100 and
+H200 data sheets (SXM unless named otherwise). A TPU's usable HBM is what its compiler allows, which is less than what
+is built in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One accelerator.
+
+    Attributes:
+      kind: how JAX's `device_kind` begins.
+      tflops: peak in bfloat16, 10^12 operations a second.
+      hbm_gib: memory that a program may use, 2^30 bytes.
+      hbm_gbps: its bandwidth, 10^9 bytes a second.
+      link_gbps: of the links to other chips (ICI or NVLink), both directions, 10^9 bytes a second.
+    """
+
+    kind: str
+    tflops: float
+    hbm_gib: float
+    hbm_gbps: float
+    link_gbps: float
+
+
+CHIPS: tuple[Chip, ...] = (
+    Chip(kind="TPU v4", tflops=275, hbm_gib=30.75, hbm_gbps=1228, link_gbps=600),
+    Chip(kind="TPU v5 lite", tflops=197, hbm_gib=15.75, hbm_gbps=819, link_gbps=400),
+    Chip(kind="TPU v5e", tflops=197, hbm_gib=15.75, hbm_gbps=819, link_gbps=400),
+    Chip(kind="TPU v5", tflops=459, hbm_gib=95.74, hbm_gbps=2765, link_gbps=1200),
+    Chip(kind="TPU v6 lite", tflops=918, hbm_gib=31.25, hbm_gbps=1638, link_gbps=800),
+    Chip(kind="TPU v6e", tflops=918, hbm_gib=31.25, hbm_gbps=1638, link_gbps=800),
+    Chip(kind="NVIDIA A100", tflops=312, hbm_gib=80, hbm_gbps=2039, link_gbps=600),
+    Chip(kind="NVIDIA H100 PCIe", tflops=756, hbm_gib=80, hbm_gbps=2000, link_gbps=600),
+    Chip(kind="NVIDIA H100 NVL", tflops=835, hbm_gib=94, hbm_gbps=3900, link_gbps=600),
+    Chip(kind="NVIDIA H100", tflops=989, hbm_gib=80, hbm_gbps=3350, link_gbps=900),
+    Chip(kind="NVIDIA H200", tflops=989, hbm_gib=141, hbm_gbps=4800, link_gbps=900),
+)
+"""First match."""
+
+
+def chip(device_kind: str) -> Chip | None:
+    """What is known of a device by its `device_kind`; None where it isn't in the table."""
+    return next((entry for entry in CHIPS if device_kind.startswith(entry.kind)), None)
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Operations a second of one device in bfloat16; None where the table doesn't know it."""
+    known = chip(device_kind)
+    return known and known.tflops * 1e12
