@@ -101,8 +101,8 @@ def _figure(picture: Picture) -> str:
     )
 
 
-def image(pixels: UInt8[np.ndarray, "h w 3"], alt: str) -> str:
-    """A photograph, no wider than 1,600 pixels."""
+def image(pixels: UInt8[np.ndarray, "h w _"], alt: str) -> str:
+    """A picture, RGB or with transparency, no larger than 1,600 pixels."""
     picture = Image.fromarray(pixels)
     picture.thumbnail((1600, 1600))
     file = io.BytesIO()

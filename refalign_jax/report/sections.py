@@ -152,8 +152,8 @@ def _card(sample: Sample) -> str:
     )
 
 
-def _strip(path: Any) -> tuple[list[int], UInt8[np.ndarray, "h w 3"]]:
-    """Numbers of evenly spread frames of a video, and the frames side by side with a white gap."""
+def _strip(path: Any) -> tuple[list[int], UInt8[np.ndarray, "h w 4"]]:
+    """Numbers of evenly spread frames of a video, and the frames side by side with a transparent gap."""
     count = probe(path).num_frames
     numbers = np.unique(np.linspace(0, count - 1, min(STRIP, count)).round().astype(int)).tolist()
     images = [Image.fromarray(frame) for frame in read_frames(path, numbers)]
@@ -161,7 +161,7 @@ def _strip(path: Any) -> tuple[list[int], UInt8[np.ndarray, "h w 3"]]:
         image.thumbnail((320, 320))
     width, height = images[0].size
     gap = max(width // 32, 1)
-    sheet = Image.new("RGB", (len(images) * (width + gap) - gap, height), "white")
+    sheet = Image.new("RGBA", (len(images) * (width + gap) - gap, height))
     for place, image in enumerate(images):
         sheet.paste(image, (place * (width + gap), 0))
     return numbers, np.asarray(sheet)

@@ -95,7 +95,7 @@ table.confusion td.none { color: transparent; }
 .media .video { width: 208px; }
 .media .frames { flex: 1 1 300px; }
 .media .frames img + img { margin-top: 6px; }
-.media img, .media video { border-radius: 6px; background: var(--soft); }
+.media img, .media video { border-radius: 6px; }
 .media .reference img { border: 1px solid var(--line); }
 video { display: block; width: 100%; height: auto; }
 .scores { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 10px 0 0; padding: 0; list-style: none;
