@@ -26,7 +26,7 @@ def number(value: object) -> str:
         return str(value)
     if not math.isfinite(value):
         return ABSENT
-    return f"{value:,}" if isinstance(value, int) or (value.is_integer() and abs(value) >= 1000) else f"{value:.3g}"
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
 
 
 def paragraph(text: str, kind: str = "") -> str:
