@@ -22,9 +22,10 @@ from refalign_jax.train_config import Config
 from refalign_jax.types import Float
 
 FREE_TO_CHANGE = tuple(
-    f"model.dit.{name}" for name in ("compute_dtype", "residual_dtype", "attention", "remat", "max_position")
+    f"model.dit.{name}"
+    for name in ("compute_dtype", "residual_dtype", "attention", "tiles", "remat", "offload", "max_position")
 )
-"""Fields of the model that a run may change on its way: they say how it is computed, not what."""
+"""Beginnings of fields of the model that a run may change on its way: they say how it is computed, not what."""
 
 FIXED = ("optimizer.freeze", "optimizer.beta1", "optimizer.beta2", "train.seed")
 """Fields beside the model's that a run may not change: saved moments and random numbers depend on them."""
@@ -183,7 +184,7 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], path: str) 
         if before.get(name) == after.get(name) or (name.startswith("train.") and name != "train.seed"):
             continue
         difference = f"{name} was {before.get(name)!r}, now it is {after.get(name)!r}"
-        another = (name.startswith("model.") and name not in FREE_TO_CHANGE) or name in FIXED
+        another = (name.startswith("model.") and not name.startswith(FREE_TO_CHANGE)) or name in FIXED
         another |= name == "optimizer.ema_decay" and had_ema != has_ema
         (fatal if another else allowed).append(difference)
     if fatal:

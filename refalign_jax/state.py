@@ -88,8 +88,9 @@ def begin(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainSt
     for difference in check_same_run(read_json(path, "config"), dataclasses.asdict(config), path):
         logger.info("Since %s: %s.", path, difference)
     arrays, progress = checkpoints.restore(step, _arrays(shapes))
-    key = jax.random.wrap_key_data(jnp.array(progress["key"], jnp.uint32))
-    small = jax.device_put((np.int32(progress["step"]), np.int32(progress["skipped"]), key), replicated(mesh))
+    small = jax.jit(lambda *x: (*x[:2], jax.random.wrap_key_data(x[2])), out_shardings=replicated(mesh))(
+        np.int32(progress["step"]), np.int32(progress["skipped"]), np.array(progress["key"], np.uint32)
+    )
     logger.info("Going on from step %d, %s.", step, path)
     return TrainState(*small, **{"ema": None, **arrays}), progress["data"]
 

@@ -26,7 +26,7 @@ def number(value: object) -> str:
         return str(value)
     if not math.isfinite(value):
         return ABSENT
-    return f"{value:,}" if isinstance(value, int) or (value.is_integer() and abs(value) >= 1000) else f"{value:.3g}"
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"
 
 
 def paragraph(text: str, kind: str = "") -> str:
@@ -101,8 +101,8 @@ def _figure(picture: Picture) -> str:
     )
 
 
-def image(pixels: UInt8[np.ndarray, "h w 3"], alt: str) -> str:
-    """A photograph, no wider than 1,600 pixels."""
+def image(pixels: UInt8[np.ndarray, "h w _"], alt: str) -> str:
+    """A picture, RGB or with transparency, no larger than 1,600 pixels."""
     picture = Image.fromarray(pixels)
     picture.thumbnail((1600, 1600))
     file = io.BytesIO()

@@ -101,8 +101,11 @@ def evaluation(found: Evaluation | None) -> str:
     parts = [html.paragraph(found.title, "lead")]
     if found.numbers:
         parts.append(html.table(("number", "value"), found.numbers.items()))
-    for confusion in found.confusions:
-        parts += [f"<h3>{escape(confusion.title)}</h3>", html.confusion(confusion.labels, confusion.matrix)]
+    matrices = [
+        f"<div><h3>{escape(confusion.title)}</h3>{html.confusion(confusion.labels, confusion.matrix)}</div>"
+        for confusion in found.confusions
+    ]
+    parts.append(f'<div class="confusions">{"".join(matrices)}</div>')
     parts += [html.paragraph(note, "note") for note in found.notes]
     return "".join(parts)
 
@@ -117,7 +120,18 @@ def _by_subject(found: Iterable[Sample]) -> tuple[dict[str, list[Sample]], list[
             alone.setdefault(name, []).append(sample)
         else:
             several.append(sample)
-    return dict(sorted(alone.items())), several
+    return dict(sorted(alone.items())), _each_subject_early(several, set(alone))
+
+
+def _each_subject_early(found: Iterable[Sample], seen: set[str | None]) -> list[Sample]:
+    """Samples in order, but first those that show somebody who was not `seen` before."""
+    fresh: list[Sample] = []
+    rest: list[Sample] = []
+    for sample in found:
+        names = {subject for _, subject in sample.references}
+        (rest if names <= seen else fresh).append(sample)
+        seen = seen | names
+    return fresh + rest
 
 
 def _card(sample: Sample) -> str:
@@ -152,8 +166,8 @@ def _card(sample: Sample) -> str:
     )
 
 
-def _strip(path: Any) -> tuple[list[int], UInt8[np.ndarray, "h w 3"]]:
-    """Numbers of evenly spread frames of a video, and the frames side by side with a white gap."""
+def _strip(path: Any) -> tuple[list[int], UInt8[np.ndarray, "h w 4"]]:
+    """Numbers of evenly spread frames of a video, and the frames side by side with a transparent gap."""
     count = probe(path).num_frames
     numbers = np.unique(np.linspace(0, count - 1, min(STRIP, count)).round().astype(int)).tolist()
     images = [Image.fromarray(frame) for frame in read_frames(path, numbers)]
@@ -161,7 +175,7 @@ def _strip(path: Any) -> tuple[list[int], UInt8[np.ndarray, "h w 3"]]:
         image.thumbnail((320, 320))
     width, height = images[0].size
     gap = max(width // 32, 1)
-    sheet = Image.new("RGB", (len(images) * (width + gap) - gap, height), "white")
+    sheet = Image.new("RGBA", (len(images) * (width + gap) - gap, height))
     for place, image in enumerate(images):
         sheet.paste(image, (place * (width + gap), 0))
     return numbers, np.asarray(sheet)

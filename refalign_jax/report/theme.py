@@ -85,7 +85,9 @@ tr.total > * { border-top: 2px solid var(--line); font-weight: 600; }
 table.confusion th, table.confusion td { padding: 4px 6px; border: 0; }
 table.confusion thead th + th { writing-mode: vertical-rl; transform: rotate(180deg);
   text-align: left; padding: 6px 4px; }
-table.confusion td { text-align: center; min-width: 34px; border: 1px solid var(--paper); border-radius: 5px;
+.confusions { display: flex; flex-wrap: wrap; gap: 0 44px; }
+.confusions > div { min-width: 0; max-width: 100%; }
+table.confusion td { text-align: center; min-width: 28px; border: 1px solid var(--paper); border-radius: 5px;
   background: color-mix(in srgb, var(--accent) calc(var(--share) * 75%), var(--soft)); }
 table.confusion td.none { color: transparent; }
 .sample { border: 1px solid var(--line); border-radius: 12px; padding: 14px 16px; margin: 0 0 14px; }
@@ -95,7 +97,7 @@ table.confusion td.none { color: transparent; }
 .media .video { width: 208px; }
 .media .frames { flex: 1 1 300px; }
 .media .frames img + img { margin-top: 6px; }
-.media img, .media video { border-radius: 6px; background: var(--soft); }
+.media img, .media video { border-radius: 6px; }
 .media .reference img { border: 1px solid var(--line); }
 video { display: block; width: 100%; height: auto; }
 .scores { display: flex; flex-wrap: wrap; gap: 4px 18px; margin: 10px 0 0; padding: 0; list-style: none;

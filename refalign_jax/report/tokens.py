@@ -138,13 +138,16 @@ def features(params: Params, references: References, config: Config, desc: str) 
       desc: for the progress bar.
     """
     found = []
+    dit = dataclasses.replace(config.model.dit, attention="auto")  # this machine may not be the one of the training
+    model = dataclasses.replace(config.model, dit=dit)
     example, reference, token = references.place
+    place = reference * references.rows[0]["vfm_features"].shape[2] + token
     for n, row in enumerate(tqdm(references.rows, desc=desc, unit="example", leave=False)):
         mine = example == n
         if mine.any():
             noise = np.random.default_rng([SEED, n]).standard_normal(row["video_latents"].shape, np.float32)
             inputs = (row["video_latents"], noise, row["text"], row["reference_latents"], row["num_references"])
-            tokens = _forward(params["dit"], *inputs, reference[mine], token[mine], config.model)
+            tokens = _forward(params["dit"], *inputs, place[mine], model)
             found.append(np.asarray(tokens, np.float32))
     return np.concatenate(found, axis=1)
 
@@ -162,18 +165,23 @@ def _forward(
     text: Float[Array, "1 S text_width"],
     reference_latents: Float[Array, "1 R H W C"],
     num_references: Int[Array, " 1"],
-    reference: Int[Array, " n"],
-    token: Int[Array, " n"],
+    place: Int[Array, " n"],
     model: ModelConfig,
 ) -> Float[Array, "layers n D"]:
-    """Chosen reference tokens of one example after every block."""
+    """Reference tokens at chosen places of one example after every block."""
     sigma, t, _ = lookup(training_schedule(model.flow), jnp.array([model.flow.num_train_steps // 2]))
     noisy, _ = corrupt(latents, noise, sigma)
-    blocks = model.dit.num_layers
     outputs: Any = DiT(model.dit).apply(
-        {"params": dit}, noisy, t, text, reference_latents, num_references, num_feature_blocks=blocks
+        {"params": dit},
+        noisy,
+        t,
+        text,
+        reference_latents,
+        num_references,
+        num_feature_blocks=model.dit.num_layers,
+        tap=lambda _, tokens: tokens[0, place],
     )
-    return outputs[1][:, 0, reference, token]
+    return outputs[1]
 
 
 @functools.cache
