@@ -12,6 +12,15 @@ import dataclasses
 
 GIB = 2**30
 
+NO_TPU = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+"""Environment in which libtpu compiles on a host without a TPU, and doesn't look for one."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
@@ -56,4 +65,4 @@ def chip(device_kind: str) -> Chip | None:
 def peak_flops(device_kind: str) -> float | None:
     """Operations a second of one device in bfloat16; None where the table doesn't know it."""
     known = chip(device_kind)
-    return known and known.tflops * 1e12
+    return None if known is None else known.tflops * 1e12

@@ -11,10 +11,10 @@ of the forward's. What is computed a second time is not counted, so that MFU com
 from __future__ import annotations
 
 import dataclasses
-
 from typing import Literal
 
 from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:

@@ -146,11 +146,10 @@ def _instruction(name: str, line: str, rest: str) -> Instruction:
     """Parses what stands behind `name = `: shape, opcode, operands."""
     end = 0
     if rest.startswith("("):  # a tuple; layouts in it have brackets of their own
-        depth = 0
-        for end, letter in enumerate(rest):
-            depth += (letter == "(") - (letter == ")")
-            if not depth:
-                break
+        depth = 1
+        while depth:
+            end += 1
+            depth += (rest[end] == "(") - (rest[end] == ")")
         end += 1
     else:
         end = rest.index(" ")
@@ -184,7 +183,7 @@ def _walk(
     for instruction in body:
         channel = re.search(r"channel_id=(\d+)", instruction.text)
         if channel and instruction.opcode.removesuffix("-start") in COLLECTIVES:
-            if channel[1] in seen:
+            if fused and channel[1] in seen:
                 continue
             seen.add(channel[1])
         yield instruction, times, body, fused
@@ -197,9 +196,9 @@ def _walk(
             for branch in re.findall(r"%([\w.\-]+)", re.search(r"computations=\{([^}]*)\}", instruction.text)[1]):  # type: ignore[index]
                 yield from _walk(program, branch, times, fused, seen)
         else:
-            inner = instruction.called("calls") or (instruction.opcode == "call" and instruction.called("to_apply"))
-            if inner:
-                yield from _walk(program, inner, times, fused or instruction.opcode != "call", seen)
+            called = instruction.called("to_apply" if instruction.opcode == "call" else "calls")
+            if called:
+                yield from _walk(program, called, times, fused or instruction.opcode != "call", seen)
 
 
 def _trips(loop: Instruction, condition: list[Instruction]) -> int:

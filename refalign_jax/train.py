@@ -196,23 +196,28 @@ def held_out_losses(params: Params, config: Config, source: Source, mesh: Mesh) 
     return {f"held_out_{name}": float(np.mean([jax.device_get(mean[name]) for mean in means])) for name in names}
 
 
-def compile_step(
-    state: TrainState, batch: Batch, empty_text: Array, config: Config, mesh: Mesh
-) -> tuple[Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]], dict[str, float]]:
-    """Compiles the loop's one program, draw and step with the state donated.
-
-    Returns:
-      The program; seconds it took to compile, parameters, and bytes a device needs beside the state and the batch.
-    """
+def lower_step(state: TrainState, batch: Batch, empty_text: Any, config: Config, mesh: Mesh) -> jax.stages.Lowered:
+    """The loop's one program, draw and step with the state donated, of arrays or of shapes with shardings."""
 
     def program(state: TrainState, batch: Batch, empty_text: Array) -> tuple[TrainState, dict[str, Array]]:
         step_key = jax.random.fold_in(state.key, state.step)
         return train_step(state, *draw(step_key, batch, empty_text, config), config)
 
     places = jax.tree.map(lambda x: x.sharding, state), replicated(mesh)
-    began = time.perf_counter()
     with jax.set_mesh(mesh):
-        compiled = jax.jit(program, donate_argnums=0, out_shardings=places).lower(state, batch, empty_text).compile()
+        return jax.jit(program, donate_argnums=0, out_shardings=places).lower(state, batch, empty_text)
+
+
+def compile_step(
+    state: TrainState, batch: Batch, empty_text: Array, config: Config, mesh: Mesh
+) -> tuple[Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]], dict[str, float]]:
+    """Compiles the loop's one program.
+
+    Returns:
+      The program; seconds it took to compile, parameters, and bytes a device needs beside the state and the batch.
+    """
+    began = time.perf_counter()
+    compiled = lower_step(state, batch, empty_text, config, mesh).compile()
     seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
     needed = memory.temp_size_in_bytes if memory else 0
     logger.info("Compiled in %.1f s; a device needs %.3f GB beside state and batch.", seconds, needed / 1e9)

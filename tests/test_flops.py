@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import pytest
 
 from refalign_jax import flops
-from refalign_jax.config import AlignmentConfig, AttentionTiles, DiTConfig, ModelConfig, SamplingConfig, wan_1_3b, wan_14b
+from refalign_jax.config import (
+    AlignmentConfig,
+    AttentionTiles,
+    DiTConfig,
+    ModelConfig,
+    SamplingConfig,
+    wan_1_3b,
+    wan_14b,
+)
 from refalign_jax.objective import Batch, sample_terms
 from refalign_jax.params import model_shapes
 from refalign_jax.sampling import sample

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -53,15 +54,34 @@ def rotation(frames: Int[Array, "#B F"], rows: int, columns: int, config: DiTCon
 
 
 def rotate(x: Float[Array, "B T N K"], turn: Rotation) -> Float[Array, "B T N K"]:
-    """Turns each pair of channels (a, b) to (a·cos - b·sin, b·cos + a·sin), in float32; returns x's dtype.
-
-    The partner of a channel comes by rolling the channel axis, which keeps it whole for the vector units.
-    """
+    """Turns each pair of channels (a, b) to (a·cos - b·sin, b·cos + a·sin), in float32; returns x's dtype."""
     cos, sin = turn
+    roll, product = _partner_by_roll, _partner_by_product
+    partner = jax.lax.platform_dependent(x, cpu=roll, tpu=product, default=roll)
+    return (x.astype(jnp.float32) * cos + partner * sin).astype(x.dtype)
+
+
+def _partner_by_roll(x: Float[Array, "B T N K"]) -> Float[Array, "B T N K"]:
+    """Of each pair of channels (a, b), (-b, a), in float32."""
     y = x.astype(jnp.float32)
     even = jnp.arange(x.shape[-1]) % 2 == 0
-    partner = jnp.where(even, -jnp.roll(y, -1, axis=-1), jnp.roll(y, 1, axis=-1))
-    return (y * cos + partner * sin).astype(x.dtype)
+    return jnp.where(even, -jnp.roll(y, -1, axis=-1), jnp.roll(y, 1, axis=-1))
+
+
+def _partner_by_product(x: Float[Array, "B T N K"]) -> Float[Array, "B T N K"]:
+    """The same as a product with a matrix of one 1 or -1 a column, so exact.
+
+    A TPU's vector unit can't shift lanes by one without writing the array to memory in another layout; its matrix unit
+    does this in passing.
+    """
+    K = x.shape[-1]
+    swap = np.zeros((K, K), np.float32)
+    swap[np.arange(1, K, 2), np.arange(0, K, 2)] = -1
+    swap[np.arange(0, K, 2), np.arange(1, K, 2)] = 1
+    exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(
+        "btnk,kj->btnj", x, jnp.asarray(swap, x.dtype), precision=exact, preferred_element_type=jnp.float32
+    )
 
 
 def time_sinusoid(t: Float[Array, " B"], width: int) -> Float[Array, "B width"]:

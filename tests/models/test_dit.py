@@ -13,6 +13,7 @@ import tiny
 from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig, wan_1_3b, wan_14b
 from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.table import count, published_shapes
+from refalign_jax.models import rope
 from refalign_jax.models.dit import DiT, patchify, unpatchify
 from refalign_jax.objective import sample_terms
 from refalign_jax.params import model_shapes
@@ -127,6 +128,14 @@ def test_remat_changes_no_gradient(remat):
     other = all_of_it(tiny.params(), batch, noise, TIMES[:1], config)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_ways_to_a_channels_partner_are_one(dtype):
+    x = jax.random.normal(jax.random.key(0), (2, 3, 2, 12)).astype(dtype)
+    rolled, multiplied = rope._partner_by_roll(x), rope._partner_by_product(x)
+    np.testing.assert_array_equal(rolled, multiplied)
+    np.testing.assert_array_equal(rolled[..., 0::2], -x[..., 1::2].astype(jnp.float32))
 
 
 def test_features_and_hidden_states_are_the_same_tokens():

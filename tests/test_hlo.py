@@ -1,0 +1,88 @@
+"""Traffic read off programs whose traffic is known."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from refalign_jax import hlo
+from refalign_jax.config import MeshConfig
+from refalign_jax.sharding import make_mesh
+
+TPU = """HloModule test
+
+%condition (p: (s32[], f32[8,4])) -> pred[] {
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%start (x: f32[2,4]) -> f32[8,4] {
+  %x = f32[2,4]{1,0} parameter(0)
+  ROOT %all-gather.1 = f32[8,4]{1,0:T(8,128)} all-gather(%x), channel_id=7, replica_groups=mesh['a'=4] {'a'}, dimensions={0}
+}
+
+%go_on (x: f32[2,4]) -> f32[8,4] {
+  %x = f32[2,4]{1,0} parameter(0)
+  ROOT %all-gather.2 = f32[8,4]{1,0:T(8,128)} all-gather(%x), channel_id=7, replica_groups=mesh['a'=4] {'a'}, dimensions={0}
+}
+
+%body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %y = f32[8,4]{1,0} get-tuple-element(%p), index=1
+  %s = f32[2,4]{1,0} slice(%y), slice={[0:2], [0:4]}
+  %async-collective-start = f32[8,4]{1,0} fusion(%s), kind=kCustom, calls=%start
+  %async-collective-fusion = f32[8,4]{1,0} fusion(%s), kind=kCustom, calls=%go_on
+  %z = f32[8,4]{1,0:T(8,128)S(1)} add(%async-collective-fusion, %y)
+  %moved = f32[8,4]{1,0} all-to-all(%z), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={0}
+  %again = f32[8,4]{1,0} all-to-all(%moved), channel_id=1, replica_groups={{0,1},{2,3}}, dimensions={0}
+  ROOT %out = (s32[], f32[8,4]{1,0}) tuple(%i, %again)
+}
+
+ENTRY %main (a: f32[8,4]) -> (s32[], f32[8,4]) {
+  %a = f32[8,4]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %t = (s32[], f32[8,4]{1,0}) tuple(%zero, %a)
+  ROOT %loop = (s32[], f32[8,4]{1,0}) while(%t), condition=%condition, body=%body
+}
+"""
+"""As the TPU compiler writes: a gather that starts in one fusion and goes on in another, layouts with memory spaces."""
+
+
+def test_loops_are_multiplied_out_and_an_asynchronous_collective_counts_once():
+    moved = hlo.traffic(hlo.parse(TPU))
+    assert moved.count == {"all-gather": 5, "all-to-all": 10}
+    assert moved.received == {"all-gather": 5 * 128 * 3 // 4, "all-to-all": 10 * 128 // 2}
+    # slice 32 + 32; add reads twice 128 and writes on chip; all-to-all: on chip to 128, then 128 to 128
+    assert moved.hbm == 5 * (128 + 32 + 256 + 128 + 256)
+
+
+@pytest.mark.parametrize("trips", [1, 3])
+def test_a_real_program(trips):
+    """A sum over eight devices in a loop, as this machine's compiler writes it."""
+    mesh = make_mesh(MeshConfig(fsdp=8))
+
+    def program(x):
+        add = jax.shard_map(lambda y: jax.lax.psum(y, "fsdp"), mesh=mesh, in_specs=P("fsdp"), out_specs=P("fsdp"))
+        return jax.lax.fori_loop(0, trips, lambda i, y: jnp.sin(add(y)), x)
+
+    text = jax.jit(program).lower(jnp.ones((16, 32))).compile().as_text()
+    moved = hlo.traffic(hlo.parse(text))
+    assert moved.count["all-reduce"] == trips
+    assert moved.received["all-reduce"] == trips * 2 * (2 * 32 * 4) * 7 // 8
+
+
+def test_arrays_by_instruction():
+    program = hlo.parse(TPU)
+    assert hlo.arrays(program, "all-gather") == {(8, 4)}
+    assert (2, 4) in hlo.arrays(program)
+
+
+def test_two_programs_are_compared():
+    assert hlo.compare(TPU, TPU) == ["The programs have the same instructions, collectives and memory traffic."]
+    shorter = TPU.replace("constant(5)", "constant(4)")
+    assert any(re.match(r"all-to-all: 10 of .* → 8 of", line) for line in hlo.compare(TPU, shorter))
