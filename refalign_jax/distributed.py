@@ -140,6 +140,9 @@ class Watch:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: object) -> None:
+        if self._client is not None and isinstance(error, jax.errors.JaxRuntimeError):
+            # A collective may fail because of another process: leave it to the watch to find out which.
+            time.sleep(self._config.lost_after_seconds + 2 * self._interval)
         self._left.set()
         if self._client is None:
             return

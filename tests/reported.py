@@ -17,7 +17,7 @@ from refalign_jax.data.shards import ShardWriter
 from refalign_jax.data.video import write_video
 from refalign_jax.metrics import Log, about, write_config
 from refalign_jax.state import init_state, save
-from refalign_jax.train_config import Config, OptimizerConfig, TrainConfig
+from refalign_jax.train_config import Config, OptimizerConfig, SyntheticConfig, TrainConfig
 
 SUBJECTS = ("cat", "coin", "rocket")
 EXAMPLES = 8
@@ -58,6 +58,7 @@ def recipe(folder: Path, dataset: str, weight: float = 1.0, seed: int = 0) -> Co
     return Config(
         model=dataclasses.replace(tiny.MODEL, alignment=alignment),
         data=DataConfig(path=dataset, batch_size=8, max_references=2, text_length=5, held_out=8 if dataset else 0),
+        synthetic=SyntheticConfig(num_examples=0 if dataset else 8, latent_grid=tiny.GRID),
         optimizer=OptimizerConfig(learning_rate=1e-3),
         train=TrainConfig(folder=str(folder), steps=40, seed=seed),
     )

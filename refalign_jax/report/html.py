@@ -81,7 +81,7 @@ def confusion(labels: Sequence[str], matrix: np.ndarray) -> str:
         )
         rows += f'<tr><th scope="row">{escape(label)}</th>{cells}</tr>'
     return (
-        f'<div class="scroll"><table class="confusion"><thead><tr><th scope="col">asked for ↓ named →</th>{head}</tr>'
+        f'<div class="scroll"><table class="confusion"><thead><tr><th scope="col">asked ↓ named →</th>{head}</tr>'
         f"</thead><tbody>{rows}</tbody></table></div>"
     )
 

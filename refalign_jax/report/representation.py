@@ -63,7 +63,7 @@ def chance(subjects: Int[np.ndarray, " n"], allowed: Bool[np.ndarray, "n n"]) ->
 
 
 def same_pixels(patches: Float[np.ndarray, "n V"], tolerance: float = 0.05) -> Bool[np.ndarray, "n n"]:
-    """Which tokens show the same pixels: clean latents that differ by less than `tolerance` of their deviation."""
+    """Which tokens show the same pixels: latents that differ by less than `tolerance` of what two do on average."""
     x = _centred(patches)
     squares = np.square(x).sum(1)
     distances = squares[:, None] + squares - 2 * x @ x.T

@@ -78,7 +78,7 @@ def samples(run: Run) -> str:
     """Each subject's references beside what was sampled from them."""
     if not run.samples:
         lost = f" ({run.lost} are listed, but their files are gone)" if run.lost else ""
-        return html.paragraph(f"The run's folder has no sampled videos{lost}.")
+        return html.paragraph(f"The run's folder has no sampled videos{lost}.") + _preview(run)
     alone, several = _by_subject(run.samples)
     parts = ['<p><button type="button" class="play" aria-pressed="false">Play all videos</button></p>']
     for subject, mine in alone.items():
@@ -92,6 +92,24 @@ def samples(run: Run) -> str:
     if run.lost:
         parts.append(html.paragraph(f"{run.lost} samples are listed whose files are gone.", "note"))
     return "".join(parts)
+
+
+def _preview(run: Run) -> str:
+    """The newest preview that training drew, where it drew any."""
+    pictures = sorted((run.folder / "previews").glob("step-*.png"))
+    if not pictures:
+        return ""
+    newest = pictures[-1]
+    said = (
+        f"The newest preview of training, {newest.stem}: a row an example; three frames sampled, the same of the clip, "
+        "and the references, in principal colours of their latents."
+    )
+    videos = "".join(
+        f'<figure class="video">{html.video(path, path.stem)}</figure>'
+        for path in sorted(newest.parent.glob(f"{newest.stem}-*.mp4"))
+    )
+    picture = f'<figure class="frames">{html.image(read_image(newest), said)}</figure>'
+    return f'{html.paragraph(said)}<div class="media">{picture}{videos}</div>'
 
 
 def evaluation(found: Evaluation | None) -> str:

@@ -82,10 +82,10 @@ th, td { padding: 6px 10px; text-align: right; border-bottom: 1px solid var(--li
 thead th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
 th[scope=row], thead th:first-child { text-align: left; font-weight: 500; }
 tr.total > * { border-top: 2px solid var(--line); font-weight: 600; }
-table.confusion th, table.confusion td { padding: 4px 6px; border: 0; }
+table.confusion th, table.confusion td { padding: 4px 2px; border: 0; }
 table.confusion thead th + th { writing-mode: vertical-rl; transform: rotate(180deg);
   text-align: left; padding: 6px 4px; }
-.confusions { display: flex; flex-wrap: wrap; gap: 0 44px; }
+.confusions { display: flex; flex-wrap: wrap; gap: 0 32px; }
 .confusions > div { min-width: 0; max-width: 100%; }
 table.confusion td { text-align: center; min-width: 28px; border: 1px solid var(--paper); border-radius: 5px;
   background: color-mix(in srgb, var(--accent) calc(var(--share) * 75%), var(--soft)); }

@@ -76,6 +76,9 @@ def test_what_a_run_lacks_is_left_out_with_a_sentence(tmp_path, trained, capsys)
     folder = write_run(recipe(tmp_path / "run", "", weight=0.0), trained)
     (folder / "metrics.jsonl").unlink()
     shutil.rmtree(folder / "checkpoints")
+    (folder / "previews").mkdir()
+    for step in (20, 40):
+        Image.new("RGB", (40, 20)).save(folder / "previews" / f"step-{step:08d}.png")
     page.report(folder)
     assert capsys.readouterr().out == f"The report is {folder / 'report.html'}.\n"
     told = text_of(folder / "report.html")
@@ -84,7 +87,8 @@ def test_what_a_run_lacks_is_left_out_with_a_sentence(tmp_path, trained, capsys)
         "there are no losses to draw",
         "has no sampled videos",
         "has no evaluation.json",
-        "The reference tokens are left out: ",
+        "The reference tokens are left out: The run was trained on synthetic noise, which shows no subjects.",
+        "The newest preview of training, step-00000040",
     ):
         assert part in told, part
     assert not (folder / "report_figures").exists()
