@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -85,12 +86,13 @@ def lower(config: Config, mesh: Mesh, step: Step) -> jax.stages.Lowered:
     _, rows, columns = dit.token_grid(*grid)
     text = of(B, data.text_length, dit.text_width)
     references = of(B, R, *grid[1:], dit.latent_channels)
+    counts = of(B, dtype=jnp.int32)
     if step == "train":
         batch = Batch(
             video_latents=of(B, *grid, dit.latent_channels),
             text=text,
             reference_latents=references,
-            num_references=of(B, dtype=jnp.int32),
+            num_references=counts,
             subject_ids=of(B, R, dtype=jnp.int32),
             vfm_features=of(B, R, rows * columns, config.model.alignment.vfm_width),
             aligned=of(B, dtype=jnp.bool_),
@@ -105,9 +107,8 @@ def lower(config: Config, mesh: Mesh, step: Step) -> jax.stages.Lowered:
     )
     noise = of(B, *grid, dit.latent_channels, dtype=jnp.float32)
     with jax.set_mesh(mesh):
-        return sample.lower(
-            params, noise, text, text, references, of(B, dtype=jnp.int32), dit=dit, config=config.sampling
-        )
+        given = (references, counts) if R else (None, None)
+        return sample.lower(params, noise, text, text, *given, dit=dit, config=config.sampling)
 
 
 def compile_ahead(config: Config, topology: str, step: Step = "train", dump: Path | None = None) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def compile_ahead(config: Config, topology: str, step: Step = "train", dump: Pat
     between = time.perf_counter()
     report = describe(config, mesh, known, topology, step) | {"lower_seconds": round(between - began, 1)}
     try:
-        compiled = lowered.compile()
+        compiled, text = _compile(lowered)
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
@@ -145,7 +146,6 @@ def compile_ahead(config: Config, topology: str, step: Step = "train", dump: Pat
             "fits": False,
         }
     report["compile_seconds"] = round(time.perf_counter() - between, 1)
-    text = compiled.as_text() or ""
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
         (dump / HLO_FILE).write_text(text)
@@ -161,6 +161,15 @@ def compile_ahead(config: Config, topology: str, step: Step = "train", dump: Pat
     report["at_least_seconds"] = {name: round(value, 4) for name, value in seconds.items()}
     report["bound_by"] = max(seconds, key=seconds.__getitem__)
     return report | memory(compiled, known)
+
+
+def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+    """The program and its optimised text, which libtpu writes itself: jaxlib can't read each of its instructions."""
+    with tempfile.TemporaryDirectory() as folder:
+        options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        (path,) = Path(folder).glob("*.after_optimizations.txt")
+        return compiled, path.read_text()
 
 
 def describe(config: Config, mesh: Mesh, known: Chip, topology: str, step: Step) -> dict[str, Any]:

@@ -82,17 +82,18 @@ def sample_terms(
     """
     sigma, t, weight = flow.lookup(flow.training_schedule(config.flow), index)
     noisy, target = flow.corrupt(batch.video_latents, noise, sigma)
+    any_references = batch.reference_latents.shape[1] > 0
     transformer = functools.partial(
         DiT(config.dit).apply,
         {"params": params["dit"]},
         noisy,
         t,
         batch.text,
-        batch.reference_latents,
-        batch.num_references,
+        batch.reference_latents if any_references else None,
+        batch.num_references if any_references else None,
     )
     outputs: Any
-    if config.alignment.weight > 0:
+    if config.alignment.weight > 0 and any_references:
         grid = config.dit.token_grid(*batch.reference_latents.shape[1:4])[1:]
         targets = alignment.make_targets(
             batch.vfm_features, batch.subject_ids, batch.num_references, grid, config.alignment

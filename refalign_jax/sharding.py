@@ -76,11 +76,11 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
             f"mesh.data={data} is not divisible by mesh.slices={config.slices}; slices are joined by the data axis."
         )
     shape = (data, config.fsdp, config.context, config.tensor)
-    if config.slices == 1:
-        return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
     within, between = (data // config.slices, *shape[1:]), (config.slices, 1, 1, 1)
-    if hasattr(devices[0], "slice_index"):
-        arranged = mesh_utils.create_hybrid_device_mesh(within, between, devices)
+    if config.slices == 1:
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    elif hasattr(devices[0], "slice_index"):
+        arranged = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
     else:  # simulated: equal runs of the devices
         arranged = np.asarray(devices).reshape(shape)
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))

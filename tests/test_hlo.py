@@ -22,12 +22,12 @@ TPU = """HloModule test
 
 %start (x: f32[2,4]) -> f32[8,4] {
   %x = f32[2,4]{1,0} parameter(0)
-  ROOT %all-gather.1 = f32[8,4]{1,0:T(8,128)} all-gather(%x), channel_id=7, replica_groups=mesh['a'=4] {'a'}, dimensions={0}
+  ROOT %all-gather.1 = f32[8,4]{1,0:T(8,128)} all-gather(%x), channel_id=7, replica_groups=mesh['a'=4] {'a'}
 }
 
 %go_on (x: f32[2,4]) -> f32[8,4] {
   %x = f32[2,4]{1,0} parameter(0)
-  ROOT %all-gather.2 = f32[8,4]{1,0:T(8,128)} all-gather(%x), channel_id=7, replica_groups=mesh['a'=4] {'a'}, dimensions={0}
+  ROOT %all-gather.2 = f32[8,4]{1,0:T(8,128)} all-gather(%x), channel_id=7, replica_groups=mesh['a'=4] {'a'}
 }
 
 %body (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {

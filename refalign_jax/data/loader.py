@@ -56,7 +56,7 @@ class DataConfig:
     batch_size: int = 8
     """Examples a step over all processes."""
     max_references: int = 3
-    """References a row holds; an example's further ones are left out, the first are kept."""
+    """References a row holds; an example's further ones are left out, the first are kept. 0 trains text-to-video."""
     text_length: int = 512
     """Text tokens a row holds; the DiT attends to all of them, padding included."""
     dtype: Literal["float32", "stored"] = "stored"
@@ -76,7 +76,7 @@ class DataConfig:
     """Corrupt records that a process replaces by the next readable one and reports, before it stops with an error."""
 
     def __post_init__(self) -> None:
-        least = {"batch_size": 1, "max_references": 1, "text_length": 1, "num_threads": 1, "prefetch": 1}
+        least = {"batch_size": 1, "max_references": 0, "text_length": 1, "num_threads": 1, "prefetch": 1}
         least |= {"shuffle_seed": 0, "held_out": 0, "num_workers": 0, "max_corrupt": 0}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
