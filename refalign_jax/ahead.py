@@ -15,6 +15,7 @@ import itertools
 import re
 import tempfile
 import time
+import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,6 +29,7 @@ from refalign_jax import flops, hlo
 from refalign_jax.config import DiTConfig, MeshConfig, RematPolicy
 from refalign_jax.convert.table import count, flatten
 from refalign_jax.devices import GIB, Chip, chip
+from refalign_jax.metrics import about
 from refalign_jax.objective import Batch
 from refalign_jax.params import model_shapes
 from refalign_jax.sampling import sample
@@ -111,7 +113,13 @@ def lower(config: Config, mesh: Mesh, step: Step) -> jax.stages.Lowered:
         return sample.lower(params, noise, text, text, *given, dit=dit, config=config.sampling)
 
 
-def compile_ahead(config: Config, topology: str, step: Step = "train", dump: Path | None = None) -> dict[str, Any]:
+def compile_ahead(
+    config: Config,
+    topology: str,
+    step: Step = "train",
+    dump: Path | None = None,
+    flags: Mapping[str, str] = types.MappingProxyType({}),
+) -> dict[str, Any]:
     """Compiles a step for a topology and tells of it.
 
     Args:
@@ -119,6 +127,7 @@ def compile_ahead(config: Config, topology: str, step: Step = "train", dump: Pat
       topology: see `topology_mesh`.
       step: the training step, or the sampling of one batch.
       dump: a folder for the optimised program's text.
+      flags: options of the compiler, such as `devices.XLA_FLAGS["tpu"]`.
 
     Returns:
       What `summary` prints, as JSON has it. Where memory is too small, `fits` is False and what the compiler needed
@@ -133,9 +142,13 @@ def compile_ahead(config: Config, topology: str, step: Step = "train", dump: Pat
     began = time.perf_counter()
     lowered = lower(config, mesh, step)
     between = time.perf_counter()
-    report = describe(config, mesh, known, topology, step) | {"lower_seconds": round(between - began, 1)}
+    report = describe(config, mesh, known, topology, step) | {
+        "flags": dict(flags),
+        "about": about(),
+        "lower_seconds": round(between - began, 1),
+    }
     try:
-        compiled, text = _compile(lowered)
+        compiled, text = _compile(lowered, flags)
     except jax.errors.JaxRuntimeError as error:
         needed = _needed(str(error))
         if needed is None:
@@ -163,10 +176,10 @@ def compile_ahead(config: Config, topology: str, step: Step = "train", dump: Pat
     return report | memory(compiled, known)
 
 
-def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
+def _compile(lowered: jax.stages.Lowered, flags: Mapping[str, str]) -> tuple[jax.stages.Compiled, str]:
     """The program and its optimised text, which libtpu writes itself: jaxlib can't read each of its instructions."""
     with tempfile.TemporaryDirectory() as folder:
-        options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, **flags}
         compiled = lowered.compile(compiler_options=options)
         (path,) = Path(folder).glob("*.after_optimizations.txt")
         return compiled, path.read_text()

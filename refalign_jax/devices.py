@@ -1,5 +1,8 @@
 """What accelerators can do, and the XLA flags that each platform wants: the one place for both.
 
+    LIBTPU_INIT_ARGS="$(python -m refalign_jax.devices tpu)" python tools/train.py …
+    XLA_FLAGS="$(python -m refalign_jax.devices gpu)" python tools/train.py …
+
 Peaks are dense bfloat16. Bandwidths are of one chip, both directions together where the vendor says so. Sources, read
 in November 2026: Google's pages on TPU v4, v5e, v5p and v6e under "TPU system architecture"; NVIDIA's A100, H100 and
 H200 data sheets (SXM unless named otherwise). A TPU's usable HBM is what its compiler allows, which is less than what
@@ -9,8 +12,30 @@ is built in.
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 GIB = 2**30
+
+XLA_FLAGS: dict[str, dict[str, str]] = {
+    # From MaxDiffusion's guide to Wan2.1 on v5p ("Optimization", LIBTPU_INIT_ARGS), those that bear on this program:
+    # room on the chip for the attention kernel's tiles, and collectives that run beside products.
+    "tpu": {
+        "xla_tpu_scoped_vmem_limit_kib": "65536",
+        "xla_tpu_enable_async_all_to_all": "true",
+        "xla_tpu_overlap_compute_collective_tc": "true",
+        "xla_tpu_enable_data_parallel_all_reduce_opt": "true",
+        "xla_tpu_data_parallel_opt_different_sized_ops": "true",
+    },
+    # From JAX's "GPU performance tips" and NVIDIA's JAX-Toolbox page of the same name: overlap, and collectives
+    # combined into large ones.
+    "gpu": {
+        "xla_gpu_enable_latency_hiding_scheduler": "true",
+        "xla_gpu_all_gather_combine_threshold_bytes": "1073741824",
+        "xla_gpu_reduce_scatter_combine_threshold_bytes": "1073741824",
+        "xla_gpu_all_reduce_combine_threshold_bytes": "1073741824",
+    },
+}
+"""By platform. None of them was measured here; tools/compile.py --flags tells what the TPU's change in a program."""
 
 NO_TPU = {
     "JAX_PLATFORMS": "cpu",
@@ -66,3 +91,18 @@ def peak_flops(device_kind: str) -> float | None:
     """Operations a second of one device in bfloat16; None where the table doesn't know it."""
     known = chip(device_kind)
     return None if known is None else known.tflops * 1e12
+
+
+def flag_line(platform: str) -> str:
+    """The flags of a platform, `tpu` or `gpu`, as the environment takes them.
+
+    Raises:
+      ValueError: another platform.
+    """
+    if platform not in XLA_FLAGS:
+        raise ValueError(f"{platform!r} has no flags; choose one of {', '.join(XLA_FLAGS)}.")
+    return " ".join(f"--{name}={value}" for name, value in XLA_FLAGS[platform].items())
+
+
+if __name__ == "__main__":
+    print(flag_line(sys.argv[1] if len(sys.argv) == 2 else ""))

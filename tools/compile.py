@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from refalign_jax.devices import NO_TPU
+from refalign_jax.devices import NO_TPU, XLA_FLAGS
 
 os.environ.update(NO_TPU)  # before anything imports JAX
 
@@ -40,6 +40,8 @@ class Command:
     """Write the report here."""
     dump: Path | None = None
     """Keep the optimised program's text in this folder."""
+    flags: bool = False
+    """Compile with the flags that refalign_jax/devices.py has for TPUs."""
     sweep: bool = False
     """Try every mesh that fits, each with remat policies until one fits; rank those that do."""
     parameters: bool = False
@@ -88,7 +90,8 @@ def main(arguments: list[str]) -> int:
             bounds = report["at_least_seconds"]
             print(f"  {report['mesh']} {report['remat']}: compute {bounds['compute']} s, links {bounds['links']} s")
         return int(not reports)
-    report = ahead.compile_ahead(command.recipe, command.topology, command.step, command.dump)
+    flags = XLA_FLAGS["tpu"] if command.flags else {}
+    report = ahead.compile_ahead(command.recipe, command.topology, command.step, command.dump, flags)
     print(ahead.summary(report))
     _write(command.json, report)
     return int(not report["fits"])

@@ -241,7 +241,7 @@ def test_nothing_readable_ends_with_an_error(tmp_path):
     ("change", "message"),
     [
         ({"batch_size": 0}, "data.batch_size is 0; it must be at least 1"),
-        ({"max_references": 0}, "data.max_references is 0"),
+        ({"max_references": -1}, "data.max_references is -1"),
         ({"text_length": 513}, "at most 512"),
         ({"dtype": "float16"}, "float32 or stored"),
         ({"held_out": 3}, "multiple of batch_size 8"),
