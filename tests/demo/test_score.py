@@ -41,7 +41,7 @@ def test_another_subject_or_place_is_wrong():
     first, second = demo.Actor("cat", "upper", 0, "still"), demo.Actor("rocket", "lower", 3, "left")
     asked = demo.Scene((first, second), "leaves")
     swapped = demo.Scene(
-        (dataclasses.replace(first, subject="rocket"), dataclasses.replace(second, subject="cat")), "stars"
+        (dataclasses.replace(first, subject="rocket"), dataclasses.replace(second, subject="cat")), "leaves"
     )
     verdicts = score.judge(through_codec(swapped), through_codec(asked), asked)
     assert [(v.asked, v.named, v.named_in_truth) for v in verdicts] == [
