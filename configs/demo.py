@@ -4,9 +4,9 @@ python tools/demo.py
 Every number is ours, chosen for two CPU cores.
 """
 
-from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig, SamplingConfig
+from refalign_jax.config import AlignmentConfig, DiTConfig, FlowConfig, ModelConfig, SamplingConfig
 from refalign_jax.data.loader import DataConfig
-from refalign_jax.train_config import Config, OptimizerConfig, TrainConfig
+from refalign_jax.train_config import Config, DropoutConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> Config:
@@ -18,7 +18,7 @@ def get_config() -> Config:
                 num_layers=4,
                 num_heads=5,
                 ffn_width=480,
-                text_width=64,
+                text_width=128,
                 frequency_width=64,
                 latent_channels=32,
                 rope_theta=100.0,
@@ -27,9 +27,11 @@ def get_config() -> Config:
                 remat="none",
             ),
             alignment=AlignmentConfig(num_blocks=2, vfm_width=108),
+            flow=FlowConfig(shift=12.0),
         ),
-        data=DataConfig(batch_size=16, max_references=2, text_length=28, held_out=64),
-        optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=50, final_share=0.05),
-        sampling=SamplingConfig(num_steps=25, reference_guidance=1.0, text_guidance=1.0),
-        train=TrainConfig(steps=1000, save_every=250, keep=1, held_out_every=250),
+        data=DataConfig(batch_size=16, max_references=2, text_length=19, held_out=64),
+        dropout=DropoutConfig(text=0.05, references=0.05, both=0.05),
+        optimizer=OptimizerConfig(learning_rate=3e-3, beta2=0.99, schedule="cosine", warmup_steps=50, final_share=0.05),
+        sampling=SamplingConfig(num_steps=25, shift=10.0, reference_guidance=1.0, text_guidance=1.0),
+        train=TrainConfig(steps=700, save_every=100, keep=1, held_out_every=100),
     )

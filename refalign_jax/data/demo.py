@@ -1,12 +1,13 @@
 """The demo's records: photographs that scikit-image and scikit-learn carry, moved over photographic backgrounds.
 
 Everything lies on a grid of 6 x 6 cells of 16 pixels, each one token of the DiT behind a codec of stride 8. A subject
-is a square photograph of 3 x 3 cells; a reference shows it on white at the very size it has in the clips. It rests or
-moves by one cell a latent frame, in a jump between two of them, so that every latent frame shows it at rest. That makes
-the demo small enough for a CPU: to place a subject is to copy nine tokens out of its reference.
+is a square photograph of 3 x 3 cells; a reference shows it on white, at the very size and place that it has when the
+clip begins. It rests or moves by one cell a latent frame, in a jump between two of them, so that every latent frame
+shows it at rest. That makes the demo small enough for a CPU: to show a subject is to copy nine tokens out of its
+reference, and the caption tells how far they move.
 
-The stand-in text encoder knows words, but not their order. So captions speak of their second subject in words of its
-own (tier for row, place for column, drifts for moves): else nobody could tell whose row is whose.
+The stand-in text encoder knows words, but not their order. So a place is one word, one of two subjects is in the upper
+half and the first to be named, and moves of the second have words of their own: else nobody could tell whose they are.
 """
 
 from __future__ import annotations
@@ -34,8 +35,6 @@ GRID = 6
 """Cells along a side of the frame."""
 SIZE = 3
 """Cells along a side of a subject."""
-HOME = 1
-"""Row and column, from 0, of the subject's first cell in a reference."""
 LATENT_FRAMES = 3
 NUM_FRAMES = 4 * (LATENT_FRAMES - 1) + 1
 FPS = 8
@@ -67,16 +66,25 @@ SUBJECTS: dict[str, _Source] = {
 """Each a photograph and the square of it that shows the subject."""
 
 BACKGROUNDS: dict[str, _Source] = {
-    "grass": (skimage.data.grass, (0, 0, 384, 384)),
-    "gravel": (skimage.data.gravel, (0, 0, 384, 384)),
-    "bricks": (skimage.data.brick, (0, 0, 512, 512)),
-    "stars": (skimage.data.hubble_deep_field, (100, 100, 484, 484)),
+    "bricks": (skimage.data.brick, (0, 0, 150, 150)),
+    "lake": (lambda: load_sample_image("china.jpg"), (400, 60, 640, 300)),
+    "leaves": (lambda: load_sample_image("flower.jpg"), (0, 0, 170, 170)),
+    "moon": (skimage.data.moon, (60, 60, 260, 260)),
     "wood": (skimage.data.coffee, (0, 0, 130, 130)),
 }
 """Each a photograph and the square of it that fills the frame."""
 
-MOVES = {"still": (0, 0), "left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
-"""Rows and columns of cells a latent frame."""
+HALVES = {"upper": 0, "lower": GRID - SIZE}
+"""Row of a subject's first cell."""
+
+COLUMNS = ("left", "mid-left", "mid-right", "right")
+"""Names of the columns, from 0, in which a subject's first cell can be."""
+
+MOVES = {"still": 0, "left": -1, "right": 1}
+"""Columns a latent frame."""
+
+_FIRST = {"still": "stays", "left": "moves left", "right": "moves right"}
+_SECOND = {"still": "rests", "left": "drifts leftwards", "right": "drifts rightwards"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +92,16 @@ class Actor:
     """A subject on its way through a clip."""
 
     subject: str
-    row: int
-    """Of its first cell in the first latent frame, from 0."""
+    half: str
+    """One of `HALVES`."""
     column: int
+    """Of its first cell in the first latent frame, from 0."""
     move: str
     """One of `MOVES`."""
 
     def cell(self, latent_frame: int) -> tuple[int, int]:
         """Row and column of its first cell in a latent frame."""
-        down, right = MOVES[self.move]
-        return self.row + latent_frame * down, self.column + latent_frame * right
+        return HALVES[self.half], self.column + latent_frame * MOVES[self.move]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,18 +109,16 @@ class Scene:
     """All that a clip shows."""
 
     actors: tuple[Actor, ...]
-    """One or two, who never overlap."""
+    """One, or one in the upper half and one in the lower."""
     background: str
 
     def caption(self) -> str:
         """Who, where it starts, how it moves, over what: no two scenes have one caption."""
-        first, *second = self.actors
-        how = "stays" if first.move == "still" else f"moves {first.move}"
-        said = f"The {first.subject} starts at row-{first.row + 1}, column-{first.column + 1} and {how}"
-        for actor in second:
-            how = "rests" if actor.move == "still" else f"drifts {actor.move}wards"
-            said += f", while the {actor.subject} begins at tier-{actor.row + 1}, place-{actor.column + 1} and {how}"
-        return f"{said}, over {self.background}."
+        told = [
+            f"the {actor.subject} starts {actor.half}-{COLUMNS[actor.column]} and {moves[actor.move]}"
+            for actor, moves in zip(self.actors, (_FIRST, _SECOND), strict=False)
+        ]
+        return f"T{', '.join(told)[1:]}, over the {self.background}."
 
 
 @functools.cache
@@ -137,19 +143,23 @@ def region(actor: Actor, latent_frame: int) -> tuple[slice, slice]:
     return tuple(slice(cell * CELL, (cell + SIZE) * CELL) for cell in actor.cell(latent_frame))  # type: ignore[return-value]
 
 
-def reference(subject: str) -> UInt8[np.ndarray, "h w 3"]:
-    """Renders a subject on white."""
+def reference(actor: Actor) -> UInt8[np.ndarray, "h w 3"]:
+    """Renders an actor's subject on white, where it starts."""
     canvas = np.full((GRID * CELL, GRID * CELL, 3), 255, np.uint8)
-    home = slice(HOME * CELL, (HOME + SIZE) * CELL)
-    canvas[home, home] = photograph(subject, SIZE * CELL)
+    canvas[region(actor, 0)] = photograph(actor.subject, SIZE * CELL)
     return canvas
 
 
+def reference_path(folder: Path, actor: Actor) -> Path:
+    """Where `write_clips` puts an actor's reference."""
+    return folder / "references" / f"{actor.subject}-{actor.half}-{COLUMNS[actor.column]}.png"
+
+
 def draw_scenes(number: int, seed: int) -> list[Scene]:
-    """Draws scenes, no two the same, half of them with two subjects: one in the upper half, one in the lower.
+    """Draws scenes, no two the same, each with one subject or two.
 
     Raises:
-      ValueError: more than a fifth of all that there are, of which ever fewer would be new.
+      ValueError: more than a few thousand, of which ever fewer would be new.
     """
     if not 1 <= number <= 10_000:
         raise ValueError(f"The demo can't draw {number} clips; ask for 1 to 10000.")
@@ -163,39 +173,38 @@ def draw_scenes(number: int, seed: int) -> list[Scene]:
 def _draw(rng: np.random.Generator) -> Scene:
     """Draws one scene."""
     subjects = rng.choice(list(SUBJECTS), size=rng.integers(1, 3), replace=False).tolist()
-    alone, last = len(subjects) == 1, GRID - SIZE
-    halves = rng.permutation([0, last]).tolist()
-    actors = []
-    for subject, half in zip(subjects, halves, strict=False):
-        while True:
-            row = int(rng.integers(last + 1)) if alone else half
-            actor = Actor(subject, row, int(rng.integers(last + 1)), str(rng.choice(list(MOVES))))
-            ends = actor.cell(LATENT_FRAMES - 1)
-            if min(ends) >= 0 and max(ends) <= last and (alone or ends[0] == row):
-                break
-        actors.append(actor)
+    halves = list(HALVES) if len(subjects) == 2 else [str(rng.choice(list(HALVES)))]
+    actors = [Actor(subject, half, *_draw_way(rng)) for subject, half in zip(subjects, halves, strict=True)]
     return Scene(tuple(actors), str(rng.choice(list(BACKGROUNDS))))
+
+
+def _draw_way(rng: np.random.Generator) -> tuple[int, str]:
+    """Draws a column to start in and a move that stays inside the frame."""
+    while True:
+        column, move = int(rng.integers(len(COLUMNS))), str(rng.choice(list(MOVES)))
+        if 0 <= column + (LATENT_FRAMES - 1) * MOVES[move] < len(COLUMNS):
+            return column, move
 
 
 def write_clips(folder: Path, scenes: Sequence[Scene]) -> list[Record]:
     """Writes the scenes' clips and references as files, those that are not there yet, and returns their records."""
-    clips, references = folder / "clips", folder / "references"
-    for place in (clips, references):
-        place.mkdir(parents=True, exist_ok=True)
-    for subject in SUBJECTS:
-        _write_png(references / f"{subject}.png", reference(subject))
+    for name in ("clips", "references"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     records = []
     for number, scene in enumerate(tqdm(scenes, unit="clip", desc="clips")):
-        path = clips / f"{number:05d}.mp4"
+        path = folder / "clips" / f"{number:05d}.mp4"
         if not path.exists():
             write_video(path, frames(scene), FPS, QUALITY)
+        for actor in scene.actors:
+            if not (image := reference_path(folder, actor)).exists():
+                _write_png(image, reference(actor))
         records.append(
             Record(
                 id=path.stem,
                 video=path,
                 prompt=scene.caption(),
                 references=tuple(
-                    Reference(path=references / f"{actor.subject}.png", subject=actor.subject) for actor in scene.actors
+                    Reference(path=reference_path(folder, actor), subject=actor.subject) for actor in scene.actors
                 ),
                 metadata={"scene": dataclasses.asdict(scene)},
             )

@@ -15,14 +15,14 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from refalign_jax.checkpoint import find_checkpoint
-from refalign_jax.data.demo import CELL, FPS, GRID, NUM_FRAMES, draw_scenes, read_scene, write_clips
+from refalign_jax.data.demo import CELL, FPS, GRID, NUM_FRAMES, draw_scenes, read_scene, reference_path, write_clips
 from refalign_jax.data.encoders import reopen_video_codec
 from refalign_jax.data.example import fill
 from refalign_jax.data.prepare import PrepareConfig, prepare
@@ -46,7 +46,7 @@ class DemoConfig:
 
     folder: Path = Path("runs/demo")
     """Everything that it writes."""
-    clips: int = 3072
+    clips: int = 2048
     """Clips, the last `data.held_out` of them held out from training."""
     samples: int = 64
     """Held-out captions that are sampled, at most `data.held_out`."""
@@ -147,8 +147,7 @@ def evaluate(run: Path, config: Config, count: int) -> None:
     examples = [source[index] for index in range(first, first + min(count, config.data.held_out))]
     folder = run / "samples"
     settings = GenerateConfig(batch_size=16, fps=FPS, ema=bool(config.optimizer.ema_decay))
-    references = Path(config.data.path).parent / "references"
-    requests = [_request(about, references) for _, about in examples]
+    requests = [_request(about, Path(config.data.path).parent) for _, about in examples]
     entries = generate(requests, folder, open_generator(str(run), settings))
     codec = reopen_video_codec(source.manifest.made["encoders"]["video"])
     verdicts: list[list[Verdict]] = []
@@ -168,11 +167,10 @@ def evaluate(run: Path, config: Config, count: int) -> None:
     partial.replace(run / EVALUATION)
 
 
-def _request(about: Mapping[str, Any], references: Path) -> Request:
+def _request(about: Mapping[str, Any], folder: Path) -> Request:
     """The video that an example's caption and references ask for."""
-    names: Sequence[str] = about["metadata"]["subjects"]
-    return Request(
-        id=about["id"],
-        prompt=about["prompt"],
-        references=tuple(Reference(path=references / f"{name}.png", subject=name) for name in names),
+    references = tuple(
+        Reference(path=reference_path(folder, actor), subject=actor.subject)
+        for actor in read_scene(about["metadata"]["scene"]).actors
     )
+    return Request(id=about["id"], prompt=about["prompt"], references=references)

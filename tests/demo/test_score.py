@@ -1,5 +1,7 @@
 """The classifier and the similarity: right on true clips, low on what a failed model would give."""
 
+import dataclasses
+
 import numpy as np
 
 from refalign_jax.data import demo
@@ -36,9 +38,11 @@ def test_scrambled_patches_are_not_similar():
 
 
 def test_another_subject_or_place_is_wrong():
-    first, second = demo.Actor("cat", 0, 0, "still"), demo.Actor("rocket", 3, 3, "left")
-    asked = demo.Scene((first, second), "stars")
-    swapped = demo.Scene((demo.Actor("rocket", 0, 0, "still"), demo.Actor("cat", 3, 3, "left")), "stars")
+    first, second = demo.Actor("cat", "upper", 0, "still"), demo.Actor("rocket", "lower", 3, "left")
+    asked = demo.Scene((first, second), "leaves")
+    swapped = demo.Scene(
+        (dataclasses.replace(first, subject="rocket"), dataclasses.replace(second, subject="cat")), "leaves"
+    )
     verdicts = score.judge(through_codec(swapped), through_codec(asked), asked)
     assert [(v.asked, v.named, v.named_in_truth) for v in verdicts] == [
         ("cat", "rocket", "cat"),

@@ -1,0 +1,102 @@
+"""The whole demo at a size that learns nothing: every stage runs, and what is done is not done again."""
+
+import dataclasses
+import json
+
+import pytest
+import runs
+
+from refalign_jax.checkpoint import find_checkpoint, read_json
+from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig, SamplingConfig
+from refalign_jax.data.loader import DataConfig
+from refalign_jax.demo import stages
+from refalign_jax.demo.stages import DemoConfig, compare, demo
+from refalign_jax.recipe import read_recipe
+from refalign_jax.train_config import Config, OptimizerConfig, TrainConfig
+from tools.demo import RECIPE
+
+SMALL = Config(
+    model=ModelConfig(
+        dit=DiTConfig(
+            width=24,
+            num_layers=2,
+            num_heads=2,
+            ffn_width=40,
+            text_width=16,
+            frequency_width=16,
+            latent_channels=4,
+            compute_dtype="float32",
+            remat="none",
+        ),
+        alignment=AlignmentConfig(num_blocks=2, vfm_width=108),
+    ),
+    data=DataConfig(batch_size=8, max_references=2, text_length=28, held_out=8),
+    optimizer=OptimizerConfig(learning_rate=1e-3),
+    sampling=SamplingConfig(num_steps=2),
+    train=TrainConfig(steps=2, save_every=1, compilation_cache=str(runs.CACHE)),
+)
+
+
+def test_every_stage_once(tmp_path, monkeypatch):
+    config = DemoConfig(folder=tmp_path / "demo", clips=24, samples=3, seeds=1)
+    report = demo(config, SMALL)
+    assert report == tmp_path / "demo" / "report.html"
+    page = report.read_text()
+    run = tmp_path / "demo" / "seed-0"
+    entries = json.loads((run / "samples" / "samples.json").read_text())
+    assert [entry["id"] for entry in entries] == ["00016", "00017", "00018"]  # the first of those held out
+    for entry in entries:
+        assert entry["scores"].keys() == {"right", "ssim"}
+        for name in (entry["video"], entry["truth"], *(reference["image"] for reference in entry["references"])):
+            assert (run / "samples" / name).exists()
+        assert entry["prompt"] in page
+    told = json.loads((run / "evaluation.json").read_text())
+    assert told["numbers"]["right subject in the true clips"] == 1
+    assert told["numbers"]["samples"] == 3
+
+    # With alignment and without: the run that is there is taken as it is.
+    done = [*run.rglob("*.mp4"), *(config.folder / "dataset").glob("*.array_record"), run / "evaluation.json"]
+    before = {file: file.stat().st_mtime_ns for file in done}
+    asked = []
+    monkeypatch.setattr(stages, "write_report", lambda *arguments: asked.append(arguments))
+    report = compare(config, SMALL)
+    other = config.folder / "seed-0-unaligned"
+    assert report == config.folder / "comparison.html"
+    assert asked == [(run, report, [(run, other)])]
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    first, second = (read_json(find_checkpoint(folder)[0], "config") for folder in (run, other))
+    assert first["model"]["alignment"].pop("weight") == 1
+    assert second["model"]["alignment"].pop("weight") == 0
+    assert first["train"].pop("folder") != second["train"].pop("folder")
+    assert first == second
+
+
+def test_a_stopped_training_is_gone_on_with(tmp_path, monkeypatch):
+    config = DemoConfig(folder=tmp_path, clips=24, samples=1)
+    monkeypatch.setattr(stages, "write_report", lambda run, out: out.write_text(str(run)))
+
+    def stopped(config):
+        train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)))
+
+    train = stages.train
+    monkeypatch.setattr(stages, "train", stopped)
+    with pytest.raises(InterruptedError, match=r"seed-0 was stopped at step 1 of 2; start again to go on"):
+        demo(config, SMALL)
+    assert not (tmp_path / "seed-0" / "evaluation.json").exists()
+    monkeypatch.setattr(stages, "train", train)
+    assert demo(config, SMALL).read_text() == str(tmp_path / "seed-0")
+    assert find_checkpoint(tmp_path / "seed-0")[0].name == "2"
+
+
+def test_the_recipe_fits_the_clips():
+    """`make demo` would fail late otherwise."""
+    recipe = read_recipe(RECIPE)
+    assert recipe.model.alignment.weight > 0
+    assert recipe.data.held_out >= DemoConfig().samples
+    assert DemoConfig().clips > 10 * recipe.data.held_out
+
+
+@pytest.mark.parametrize("name", ["clips", "samples", "seeds"])
+def test_a_demo_of_nothing_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
+        DemoConfig(**{name: 0})
