@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny
 
-from refalign_jax.config import AlignmentConfig, SamplingConfig
+from refalign_jax.config import AlignmentConfig, MeshConfig, ModelConfig, SamplingConfig
 from refalign_jax.models.dit import DiT
 from refalign_jax.sampling import guided_velocity, sample
+from refalign_jax.sharding import make_mesh, replicated, state_sharding
 
 STEPS = SamplingConfig(num_steps=3)
 
@@ -48,6 +49,19 @@ def test_guidance_is_its_equation():
     guided = guided_velocity(params, x, t, text, negative, references, None, tiny.DIT, STEPS)
     assert tiny.relative(guided, n0 + 5.0 * (nr - n0) + 7.5 * (cr - nr)) <= 1e-5
     assert tiny.relative(n0, v(negative, None)) > 1e-4, "zero references are not the absence of references"
+
+
+def test_one_video_over_eight_devices_is_the_same_video():
+    """Its tokens and heads are split; a batch of one can't be."""
+    dit = dataclasses.replace(tiny.DIT, width=64, num_heads=8, num_layers=1)
+    params = tiny.params(ModelConfig(dit=dit, alignment=AlignmentConfig(num_blocks=1, vfm_width=8)))["dit"]
+    args = (params, *inputs(counts=jnp.array([2]))[1:])
+    alone = sample(*args, dit=dit, config=STEPS)
+    mesh = make_mesh(MeshConfig(context=4, tensor=2))
+    placed = (jax.device_put(params, state_sharding(params, mesh)), *jax.device_put(args[1:], replicated(mesh)))
+    with jax.set_mesh(mesh):
+        spread = sample(*placed, dit=dit, config=STEPS)
+    assert tiny.relative(spread, alone) <= 1e-5
 
 
 def test_padded_references_change_no_sample():
