@@ -18,8 +18,11 @@ GIB = 2**30
 
 XLA_FLAGS: dict[str, dict[str, str]] = {
     # From MaxDiffusion's guide to Wan2.1 on v5p ("Optimization", LIBTPU_INIT_ARGS), those that bear on this program:
-    # room on the chip for the attention kernel's tiles, and collectives that run beside products.
+    # room on the chip for the attention kernel's tiles, and collectives that run beside products. The first is from
+    # MaxText's library of flags (DISABLE_COLLECTIVE_MATMUL): cut into windows to overlap with its reduce-scatter, the
+    # gradient of a kernel reads the activations once a window, 16 times over 16 chips.
     "tpu": {
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
         "xla_tpu_scoped_vmem_limit_kib": "65536",
         "xla_tpu_enable_async_all_to_all": "true",
         "xla_tpu_overlap_compute_collective_tc": "true",

@@ -243,25 +243,42 @@ def _hbm(instruction: Instruction, computation: list[Instruction], program: Prog
         return 0
     if any(f'"{target}"' in instruction.text for target in _FREE_TARGETS) or "async-collective" in instruction.name:
         return 0
+    if instruction.opcode in ("copy-start", "slice-start"):  # (target, source, …), or ((source), target, …)
+        source, target = instruction.shapes[:2][:: 1 if instruction.opcode == "slice-start" else -1]
+        return min(source.bytes, target.bytes) * ((not source.on_chip) + (not target.on_chip))
     made = {i.name: i for i in computation} if len(computation) < 50 else _by_name(computation)
     reads = [sum(s.bytes for s in made[name].shapes if not s.on_chip) for name in instruction.operands if name in made]
     writes = sum(shape.bytes for shape in instruction.shapes if not shape.on_chip)
-    if instruction.opcode in ("copy-start", "slice-start"):  # (target, source, …), or ((source), target, …)
-        source, target = instruction.shapes[:2][:: 1 if instruction.opcode == "slice-start" else -1]
-        moved = min(source.bytes, target.bytes)
-        return moved * ((not source.on_chip) + (not target.on_chip))
-    fused = program.get(instruction.called("calls") or "", []) if instruction.opcode == "fusion" else [instruction]
-    sliced = [i for i in fused if i.opcode == "dynamic-slice"]
-    updated = [i for i in fused if i.opcode == "dynamic-update-slice"]
-    if updated:  # writes its update into an array that stays where it is
-        inside = {i.name: i for i in fused} | (made if instruction in updated else {})
-        small = sum(s.bytes for i in updated for s in inside[i.operands[1]].shapes if i.operands[1] in inside)
-        return 2 * small
-    if sliced:  # reads a slice of its largest operand
-        small = sum(shape.bytes for i in sliced for shape in i.shapes)
-        largest = sorted(reads)[-len(sliced) :] if reads else []
-        return writes + sum(reads) - sum(largest) + min(small, sum(largest))
+    if instruction.opcode == "fusion":
+        body = program.get(instruction.called("calls") or "", [])
+        reads = [min(size, _taken(body, place, size)) for place, size in enumerate(reads)]
+        body_by_name = {i.name: i for i in body}
+    else:
+        body, body_by_name = [instruction], made
+        if instruction.opcode == "dynamic-slice":
+            reads = [writes]
+    updates = [i for i in body if i.opcode == "dynamic-update-slice"]
+    if updates:  # what is updated stays where it is
+        small = sum(s.bytes for i in updates for s in body_by_name[i.operands[1]].shapes)
+        whole = max((shape.bytes for i in updates for shape in i.shapes), default=0)
+        writes = min(writes, small)
+        reads = [0 if size >= whole else size for size in reads]
     return writes + sum(reads)
+
+
+def _taken(body: list[Instruction], place: int, size: int) -> int:
+    """Bytes that a fusion takes of its operand at a place: slices of it, where nothing else uses it, else all."""
+    names = {i.name for i in body if i.opcode == "parameter" and f" parameter({place})" in i.text}
+    taken = 0
+    for instruction in body:  # in order, so that what a bitcast makes is known before it is used
+        if names & set(instruction.operands):
+            if instruction.opcode == "bitcast":
+                names.add(instruction.name)
+            elif instruction.opcode in ("dynamic-slice", "slice"):
+                taken += sum(shape.bytes for shape in instruction.shapes)
+            elif instruction.opcode != "dynamic-update-slice" or instruction.operands[0] not in names:
+                return size
+    return taken
 
 
 _NAMES: dict[int, dict[str, Instruction]] = {}
