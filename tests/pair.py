@@ -32,7 +32,7 @@ class Pair:
                     subprocess.Popen([sys.executable, *arguments], env=environment, stdout=file, stderr=file)
                 )
 
-    def wait(self, seconds: float = 240) -> list[int]:
+    def wait(self, seconds: float = 600) -> list[int]:
         """Exit codes of both, which are killed if they take longer."""
         until = time.monotonic() + seconds
         try:

@@ -34,8 +34,8 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     try:
         report = (compare if compare_alignment else demo)(config, read_recipe(recipe))
-    except InterruptedError as stopped:
-        print(stopped, file=sys.stderr)
+    except (InterruptedError, KeyboardInterrupt) as stopped:
+        print(str(stopped) or "Stopped; start again to go on.", file=sys.stderr)
         return 130
     print(f"The report is {report.resolve()}")
     return 0

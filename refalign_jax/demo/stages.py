@@ -52,11 +52,13 @@ class DemoConfig:
     """Held-out captions that are sampled, at most `data.held_out`."""
     seeds: int = 3
     """Pairs of runs in the comparison."""
+    steps: int | None = None
+    """Of training; None, as many as the recipe says."""
 
     def __post_init__(self) -> None:
         """Refuses a demo of nothing."""
-        for name in ("clips", "samples", "seeds"):
-            if getattr(self, name) < 1:
+        for name in ("clips", "samples", "seeds", "steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
 
 
@@ -92,11 +94,18 @@ def whole_run(demo: DemoConfig, recipe: Config, *, seed: int, aligned: bool) -> 
     run = demo.folder / (f"seed-{seed}" if aligned else f"seed-{seed}-unaligned")
     dataset = prepare_dataset(demo, recipe)
     alignment = recipe.model.alignment if aligned else dataclasses.replace(recipe.model.alignment, weight=0.0)
+    training = dataclasses.replace(
+        recipe.train,
+        folder=str(run),
+        seed=seed,
+        steps=demo.steps or recipe.train.steps,
+        compilation_cache=recipe.train.compilation_cache or str(demo.folder / "compiled"),
+    )
     config = dataclasses.replace(
         recipe,
         model=dataclasses.replace(recipe.model, alignment=alignment),
         data=dataclasses.replace(recipe.data, path=str(dataset), shuffle_seed=seed),
-        train=dataclasses.replace(recipe.train, folder=str(run), seed=seed),
+        train=training,
     )
     train_run(config)
     if not (run / EVALUATION).exists():

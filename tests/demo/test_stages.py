@@ -12,6 +12,7 @@ from refalign_jax.data.loader import DataConfig
 from refalign_jax.demo import stages
 from refalign_jax.demo.stages import DemoConfig, compare, demo
 from refalign_jax.recipe import read_recipe
+from refalign_jax.train import train
 from refalign_jax.train_config import Config, OptimizerConfig, TrainConfig
 from tools.demo import RECIPE
 
@@ -37,12 +38,24 @@ SMALL = Config(
 )
 
 
+def _of_one_step(config):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1))
+
+
 def test_every_stage_once(tmp_path, monkeypatch):
     config = DemoConfig(folder=tmp_path / "demo", clips=24, samples=3, seeds=1)
+    run = config.folder / "seed-0"
+
+    # Training is stopped after its first step, and gone on with.
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "train", lambda config: train(_of_one_step(config)))
+        with pytest.raises(InterruptedError, match=r"seed-0 was stopped at step 1 of 2; start again to go on"):
+            demo(config, SMALL)
+    assert not (run / "evaluation.json").exists()
     report = demo(config, SMALL)
+    assert find_checkpoint(run)[0].name == "2"
     assert report == tmp_path / "demo" / "report.html"
     page = report.read_text()
-    run = tmp_path / "demo" / "seed-0"
     entries = json.loads((run / "samples" / "samples.json").read_text())
     assert [entry["id"] for entry in entries] == ["00016", "00017", "00018"]  # the first of those held out
     for entry in entries:
@@ -69,23 +82,6 @@ def test_every_stage_once(tmp_path, monkeypatch):
     assert second["model"]["alignment"].pop("weight") == 0
     assert first["train"].pop("folder") != second["train"].pop("folder")
     assert first == second
-
-
-def test_a_stopped_training_is_gone_on_with(tmp_path, monkeypatch):
-    config = DemoConfig(folder=tmp_path, clips=24, samples=1)
-    monkeypatch.setattr(stages, "write_report", lambda run, out: out.write_text(str(run)))
-
-    def stopped(config):
-        train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1)))
-
-    train = stages.train
-    monkeypatch.setattr(stages, "train", stopped)
-    with pytest.raises(InterruptedError, match=r"seed-0 was stopped at step 1 of 2; start again to go on"):
-        demo(config, SMALL)
-    assert not (tmp_path / "seed-0" / "evaluation.json").exists()
-    monkeypatch.setattr(stages, "train", train)
-    assert demo(config, SMALL).read_text() == str(tmp_path / "seed-0")
-    assert find_checkpoint(tmp_path / "seed-0")[0].name == "2"
 
 
 def test_the_recipe_fits_the_clips():
