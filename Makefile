@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install test lint format parity demo demo-compare clean
+.PHONY: install test lint format parity ahead demo demo-compare clean
 
 install: $(VENV)/.installed
 
@@ -19,13 +19,21 @@ $(VENV)/.parity: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[parity]'
 	touch $@
 
-# All tests but those against other frameworks' live models.
+$(VENV)/.ahead: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[tpu]'
+	touch $@
+
+# All tests but those against other frameworks' live models, and those of the TPU's compiler where it isn't installed.
 test: $(VENV)/.installed
 	$(BIN)/pytest -n 2 --ignore tests/parity
 
 # Against torch, diffusers and transformers.
 parity: $(VENV)/.parity
 	$(BIN)/pytest tests/parity
+
+# With the TPU's compiler, which needs no TPU.
+ahead: $(VENV)/.ahead
+	$(BIN)/pytest tests/test_ahead.py
 
 # A small model learns photographs on the CPU and is asked for them; ends by naming its report. Stopped, it goes on.
 # Memory in huge pages: without them a third of a step goes into page faults.
