@@ -88,14 +88,19 @@ def parse(text: str) -> Program:
     """Reads HLO text as `compiled.as_text()` gives it."""
     program: dict[str, list[Instruction]] = {}
     current: list[Instruction] = []
+    scatters = False
     for line in text.splitlines():
         header = _HEADER.match(line)
         if header:
             current = program.setdefault("" if header[1] else header[2], [])
+            scatters = header[2].startswith("all-reduce-scatter")  # how the TPU's compiler writes a reduce-scatter
             continue
         name = _NAME.match(line)
         if name:
-            current.append(_instruction(name[1], line, line[name.end() :]))
+            instruction = _instruction(name[1], line, line[name.end() :])
+            if scatters and instruction.opcode == "all-reduce":
+                instruction = dataclasses.replace(instruction, opcode="reduce-scatter")
+            current.append(instruction)
     return program
 
 
@@ -219,7 +224,7 @@ def _received(instruction: Instruction, kind: str) -> int:
     if kind == "collective-permute":
         return result
     if kind == "reduce-scatter":
-        return result * (n - 1)
+        return result * (n - 1) // (n if " all-reduce(" in instruction.text else 1)
     return (2 if kind == "all-reduce" else 1) * result * (n - 1) // n
 
 
@@ -255,7 +260,7 @@ def _hbm(instruction: Instruction, computation: list[Instruction], program: Prog
         body_by_name = {i.name: i for i in body}
     else:
         body, body_by_name = [instruction], made
-        if instruction.opcode == "dynamic-slice":
+        if instruction.opcode in ("dynamic-slice", "slice"):
             reads = [writes]
     updates = [i for i in body if i.opcode == "dynamic-update-slice"]
     if updates:  # what is updated stays where it is

@@ -43,10 +43,17 @@ TPU = """HloModule test
   ROOT %out = (s32[], f32[8,4]{1,0}) tuple(%i, %again)
 }
 
+%all-reduce-scatter.1 (w: f32[8,4]) -> f32[2,4] {
+  %w = f32[8,4]{1,0} parameter(0)
+  %all-reduce.1 = f32[8,4]{1,0:T(8,128)S(1)} all-reduce(%w), channel_id=9, replica_groups=[1,4]<=[4], to_apply=%sum
+  ROOT %part = f32[2,4]{1,0} dynamic-slice(%all-reduce.1), dynamic_slice_sizes={2,4}
+}
+
 ENTRY %main (a: f32[8,4]) -> (s32[], f32[8,4]) {
   %a = f32[8,4]{1,0} parameter(0)
   %zero = s32[] constant(0)
   %t = (s32[], f32[8,4]{1,0}) tuple(%zero, %a)
+  %scattered = f32[2,4]{1,0:T(8,128)S(1)} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %loop = (s32[], f32[8,4]{1,0}) while(%t), condition=%condition, body=%body
 }
 """
@@ -55,10 +62,11 @@ ENTRY %main (a: f32[8,4]) -> (s32[], f32[8,4]) {
 
 def test_loops_are_multiplied_out_and_an_asynchronous_collective_counts_once():
     moved = hlo.traffic(hlo.parse(TPU))
-    assert moved.count == {"all-gather": 5, "all-to-all": 10}
-    assert moved.received == {"all-gather": 5 * 128 * 3 // 4, "all-to-all": 10 * 128 // 2}
+    assert moved.count == {"all-gather": 5, "all-to-all": 10, "reduce-scatter": 1}
+    assert moved.received == {"all-gather": 5 * 96, "all-to-all": 10 * 64, "reduce-scatter": 96}
     # slice 32 + 32; add reads twice 128 and writes on chip; all-to-all: on chip to 128, then 128 to 128
-    assert moved.hbm == 5 * (128 + 32 + 256 + 128 + 256)
+    # and what is scattered is read once
+    assert moved.hbm == 5 * (64 + 256 + 128 + 256) + 128
 
 
 @pytest.mark.parametrize("trips", [1, 3])
