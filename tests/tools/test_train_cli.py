@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def test_help_shows_every_field_with_type_and_the_recipes_value(capsys):
         assert option in text, name
     assert "--data.batch-size INT" in text
     assert "(default: 8)" in text
-    assert "--model.dit.remat {none,dots,attention,full}" in text
+    assert "--model.dit.remat {none,dots,narrow,attention,full}" in text
     assert "--optimizer.learning-rate FLOAT" in text
     assert "(default: 0.001)" in text
 
@@ -61,9 +62,10 @@ def test_recipes_are_whole_and_their_headers_say_how_to_run_them(path):
     assert isinstance(config, Config)
     header = path.read_text().split('"""')[1]
     assert f"python tools/train.py configs/{path.name}" in header
-    for word in ("Hardware:", "Time:", "not measured", "ours"):
+    for word in ("Hardware:", "Time:", "ours"):
         assert word in header
-    if path.stem == "tiny":
+    assert ("not measured" in header) != bool(re.search(r"\d+ min .*\(20\d\d-\d\d-\d\d\)", header))
+    if not path.stem.startswith("refalign"):
         return
     assert tokens(config.model.dit, Shape(grid=(21, 60, 104), references=3, text_length=512)) == (32_760, 4_680)
     assert config.optimizer.learning_rate == (5e-5 if "stage1" in path.stem else 1e-5)
