@@ -69,7 +69,7 @@ class Page:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def wait_for(self, condition: str, seconds: float = 30) -> None:
+    def wait_for(self, condition: str, seconds: float = 120) -> None:
         """Waits until an expression is true."""
         end = time.monotonic() + seconds
         while not self.evaluate(condition):

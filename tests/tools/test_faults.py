@@ -121,9 +121,12 @@ FAULTS: dict[str, tuple[list[str], str]] = {
     "a file as dataset": (["--synthetic.num-examples", "0", "--data.path", "{p}/w.safetensors"], "can't be read"),
     "held-out takes all": (["--data.held-out", "40"], r"data\.held_out is 40 of 40 examples"),
     "held-out batch": (["--data.held-out", "9"], r"data\.held_out is 9; it must be a multiple"),
-    "batch and devices": (["--data.batch-size", "4", "--data.held-out", "4"], r"data\.batch_size=4 is not .*8 devices"),
+    "batch and devices": (
+        ["--data.batch-size", "4", "--data.held-out", "4"],
+        r"data\.batch_size=4 is not .*mesh\.fsdp, 8, ",
+    ),
     "batch and parts": (["--optimizer.accumulation", "3"], r"data\.batch_size=8 is not .* optimizer\.accumulation=3"),
-    "mesh": (["--mesh.fsdp", "3"], r"mesh\.fsdp=3 is not the number of devices, 8"),
+    "mesh": (["--mesh.fsdp", "3"], r"fsdp=3 times .* is not the number of devices, 8"),
     "grid and patch": (
         ["--synthetic.latent-grid", "2", "5", "6"],
         "A latent grid of 5x6 is not divisible by the patch",
