@@ -172,7 +172,7 @@ def compile_ahead(
         "memory": moved.hbm / known.hbm_gbps / 1e9,
         "links": 2 * sum(moved.received.values()) / known.link_gbps / 1e9,
     }
-    report["at_least_seconds"] = {name: round(value, 4) for name, value in seconds.items()}
+    report["bound_seconds"] = {name: round(value, 4) for name, value in seconds.items()}
     report["bound_by"] = max(seconds, key=seconds.__getitem__)
     return report | memory(compiled, known)
 
@@ -251,10 +251,10 @@ def summary(report: Mapping[str, Any]) -> str:
     ]
     if "collectives" in report:
         listed = [f"{kind} {c['count']} ({c['gb']:.2f} GB)" for kind, c in report["collectives"].items()]
-        bounds = [f"{name} {value:.2f}" for name, value in report["at_least_seconds"].items()]
+        bounds = [f"{name} {value:.2f}" for name, value in report["bound_seconds"].items()]
         lines += [
             f"collectives  {', '.join(listed) or 'none'}, a chip and step",
-            f"seconds      at least: {', '.join(bounds)}; bound by {report['bound_by']}",
+            f"seconds      {', '.join(bounds)} (memory roughly, the others at least); bound by {report['bound_by']}",
         ]
     busy = f" ({report['compile_cpu_seconds']:.0f} s of CPU time)" if "compile_cpu_seconds" in report else ""
     lines.append(f"compiled in  {report['compile_seconds']:.0f} s{busy}, lowered in {report['lower_seconds']:.0f} s")
@@ -293,7 +293,7 @@ def sweep(config: Config, topology: str, step: Step = "train") -> Iterator[dict[
 def ranked(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those that fit, the fastest by its bounds first: a step takes at least the longest of compute and links."""
     fitting = [report for report in reports if report["fits"]]
-    return sorted(fitting, key=lambda r: max(r["at_least_seconds"][name] for name in ("compute", "links")))
+    return sorted(fitting, key=lambda r: max(r["bound_seconds"][name] for name in ("compute", "links")))
 
 
 def parameter_table(config: Config, topology: str = "") -> str:

@@ -97,7 +97,7 @@ def test_candidates_fit_chips_batch_and_heads():
 
 def test_what_fits_is_ranked_by_its_bounds():
     def report(name, fits, compute, links):
-        return {"name": name, "fits": fits, "at_least_seconds": {"compute": compute, "links": links, "memory": 99}}
+        return {"name": name, "fits": fits, "bound_seconds": {"compute": compute, "links": links, "memory": 99}}
 
     reports = [report("a", True, 3, 1), report("b", False, 1, 1), report("c", True, 2, 2.5), report("d", True, 1, 4)]
     assert [r["name"] for r in ranked(reports)] == ["c", "a", "d"]

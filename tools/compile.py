@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
         reports = ahead.ranked(reports)
         print(f"{len(reports)} fit; the fastest by its bounds first:")
         for report in reports:
-            bounds = report["at_least_seconds"]
+            bounds = report["bound_seconds"]
             print(f"  {report['mesh']} {report['remat']}: compute {bounds['compute']} s, links {bounds['links']} s")
         return int(not reports)
     flags = XLA_FLAGS["tpu"] if command.flags else {}

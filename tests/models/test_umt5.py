@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.table import to_ours
@@ -73,9 +74,7 @@ def test_what_stands_in_the_padding_does_not_matter(params):
 def test_padding_to_more_tokens_changes_nothing(params):
     more = [(0, 0), (0, 40)]
     padded = encode(params, np.pad(IDS, more), np.pad(MASK, more), CONFIG)
-    np.testing.assert_allclose(
-        padded[:, :24], encode(params, IDS, MASK, CONFIG), atol=1e-5
-    )  # 5.8e-6 was seen under load
+    assert tiny.relative(padded[:, :24], encode(params, IDS, MASK, CONFIG)) <= 5e-6
 
 
 def test_bfloat16_is_near_float32(params):
