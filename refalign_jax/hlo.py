@@ -107,13 +107,13 @@ def parse(text: str) -> Program:
 def traffic(program: Program) -> Traffic:
     """Sums over the whole run of a program."""
     count, received, hbm = collections.Counter[str](), collections.Counter[str](), 0.0
-    for instruction, times, computation, fused in _walk(program, "", 1):
+    for instruction, times, made, fused in _walk(program, "", 1):
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             count[kind] += times
             received[kind] += times * _received(instruction, kind)
         if not fused:
-            hbm += times * _hbm(instruction, computation, program)
+            hbm += times * _hbm(instruction, made, program)
     return Traffic(count=dict(count), received=dict(received), hbm=int(hbm))
 
 
@@ -177,21 +177,22 @@ def _shapes(text: str) -> Iterator[Shape]:
 
 def _walk(
     program: Program, name: str, times: int, fused: bool = False, seen: set[str] | None = None
-) -> Iterator[tuple[Instruction, int, list[Instruction], bool]]:
-    """Yields every instruction that runs, how often, the computation it stands in, and whether in a fusion.
+) -> Iterator[tuple[Instruction, int, Mapping[str, Instruction], bool]]:
+    """Yields every instruction that runs, how often, its computation by name, and whether in a fusion.
 
     An asynchronous collective appears in the fusion that starts it and in those that carry it on, even in a loop that
     runs meanwhile, under one channel; it is yielded once, where it starts.
     """
     seen = set() if seen is None else seen
     body = program.get(name, [])
+    made = {instruction.name: instruction for instruction in body}
     for instruction in body:
         channel = re.search(r"channel_id=(\d+)", instruction.text)
         if channel and instruction.opcode.removesuffix("-start") in COLLECTIVES:
             if fused and channel[1] in seen:
                 continue
             seen.add(channel[1])
-        yield instruction, times, body, fused
+        yield instruction, times, made, fused
         if instruction.opcode == "while":
             condition, inner = instruction.called("condition"), instruction.called("body")
             assert condition is not None
@@ -242,8 +243,8 @@ def _group(text: str) -> int:
     return len(listed[1].split(",")) if listed else 1
 
 
-def _hbm(instruction: Instruction, computation: list[Instruction], program: Program) -> int:
-    """Bytes that an instruction outside of fusions reads from and writes to memory."""
+def _hbm(instruction: Instruction, made: Mapping[str, Instruction], program: Program) -> int:
+    """Bytes that an instruction outside of fusions reads from and writes to memory; `made` is its computation."""
     if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
         return 0
     if any(f'"{target}"' in instruction.text for target in _FREE_TARGETS) or "async-collective" in instruction.name:
@@ -251,20 +252,19 @@ def _hbm(instruction: Instruction, computation: list[Instruction], program: Prog
     if instruction.opcode in ("copy-start", "slice-start"):  # (target, source, …), or ((source), target, …)
         source, target = instruction.shapes[:2][:: 1 if instruction.opcode == "slice-start" else -1]
         return min(source.bytes, target.bytes) * ((not source.on_chip) + (not target.on_chip))
-    made = {i.name: i for i in computation} if len(computation) < 50 else _by_name(computation)
     reads = [sum(s.bytes for s in made[name].shapes if not s.on_chip) for name in instruction.operands if name in made]
     writes = sum(shape.bytes for shape in instruction.shapes if not shape.on_chip)
     if instruction.opcode == "fusion":
         body = program.get(instruction.called("calls") or "", [])
         reads = [min(size, _taken(body, place, size)) for place, size in enumerate(reads)]
-        body_by_name = {i.name: i for i in body}
+        inside: Mapping[str, Instruction] = {i.name: i for i in body}
     else:
-        body, body_by_name = [instruction], made
+        body, inside = [instruction], made
         if instruction.opcode in ("dynamic-slice", "slice"):
             reads = [writes]
     updates = [i for i in body if i.opcode == "dynamic-update-slice"]
     if updates:  # what is updated stays where it is
-        small = sum(s.bytes for i in updates for s in body_by_name[i.operands[1]].shapes)
+        small = sum(s.bytes for i in updates for s in inside[i.operands[1]].shapes)
         whole = max((shape.bytes for i in updates for shape in i.shapes), default=0)
         writes = min(writes, small)
         reads = [0 if size >= whole else size for size in reads]
@@ -284,11 +284,3 @@ def _taken(body: list[Instruction], place: int, size: int) -> int:
             elif instruction.opcode != "dynamic-update-slice" or instruction.operands[0] not in names:
                 return size
     return taken
-
-
-_NAMES: dict[int, dict[str, Instruction]] = {}
-
-
-def _by_name(computation: list[Instruction]) -> dict[str, Instruction]:
-    """The instructions of a large computation by name, made once."""
-    return _NAMES.setdefault(id(computation), {i.name: i for i in computation})
