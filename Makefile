@@ -20,7 +20,7 @@ $(VENV)/.parity: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.ahead: $(VENV)/.installed
-	$(BIN)/pip install --quiet --editable '.[tpu]'
+	$(BIN)/pip install --quiet --editable '.[ahead]'
 	touch $@
 
 # All tests but those against other frameworks' live models, and those of the TPU's compiler where it isn't installed.

@@ -16,7 +16,7 @@ import re
 import tempfile
 import time
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -257,7 +257,40 @@ def summary(report: Mapping[str, Any]) -> str:
             f"seconds      {', '.join(bounds)} (memory roughly, the others at least); bound by {report['bound_by']}",
         ]
     busy = f" ({report['compile_cpu_seconds']:.0f} s of CPU time)" if "compile_cpu_seconds" in report else ""
-    lines.append(f"compiled in  {report['compile_seconds']:.0f} s{busy}, lowered in {report['lower_seconds']:.0f} s")
+    libtpu = report["about"]["versions"]["libtpu"]
+    lines.append(
+        f"compiled in  {report['compile_seconds']:.0f} s{busy}, lowered in {report['lower_seconds']:.0f} s, by libtpu "
+        f"{libtpu}"
+    )
+    return "\n".join(lines)
+
+
+def table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Reports as a Markdown table, one a line."""
+    lines = [
+        "| step | batch, video, references | mesh | kept | memory a chip, GiB | to spare | repeated | at least | CPU time of compiling |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for report in reports:
+        work, sizes = report["tflops"], report["memory_gib"]
+        slices = f" × {report['slices']}" if report["slices"] > 1 else ""
+        mesh = ", ".join(f"{name} {size}" for name, size in report["mesh"].items() if size > 1)
+        kept = report["remat"] + (", offloaded" if report["offload"] else "")
+        kept += ", 16-bit stream" if report["residual_dtype"] == "bfloat16" else ""
+        bounds = report.get("bound_seconds")
+        cells = [
+            f"{report['step']}, {report['parameters'] / 1e9:.1f}e9 parameters, {report['topology']}{slices}"
+            + (", flags" if report["flags"] else ""),
+            f"{report['batch']}, {'×'.join(map(str, report['latent_grid']))}, {report['references']}",
+            mesh or "one device",
+            kept if report["step"] == "train" else "",
+            f"{sizes['total']:.1f} of {sizes['chip']:.2f}",
+            f"{100 * report['spare']:.1f}%" if report["fits"] else "does not fit",
+            f"{100 * (work['hardware'] / work['model'] - 1):.0f}%",
+            f"compute {bounds['compute']:.1f} s, links {bounds['links']:.1f} s" if bounds else "",
+            f"{report['compile_cpu_seconds']:.0f} s" if "compile_cpu_seconds" in report else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -84,13 +84,12 @@ def repeated_flops(model: ModelConfig, shape: Shape, kernel: Literal["splash", "
     wide = T * D * dit.ffn_width
     thin = narrow + 2 * wide
     again = {"none": 0, "dots": 0, "narrow": wide, "attention": thin, "full": thin + 2 * scores}
-    kept = dit.remat in ("dots", "narrow", "attention")
     if kernel == "xla":
-        kernel_again = scores if kept else 0  # the scores themselves have no name
+        kernel_again = scores if dit.remat in ("dots", "narrow", "attention") else 0  # scores themselves have no name
     elif kernel == "splash" and not dit.tiles.fused_backward:
         kernel_again = 3 * scores
     else:
-        kernel_again = scores + (2 * scores if kernel == "cudnn" and kept else 0)  # its row sums have no name
+        kernel_again = scores
     total = dit.num_layers * (again[dit.remat] + kernel_again)
     if model.alignment.weight > 0:
         projectors, cosines = alignment_flops(dit, model.alignment, shape)

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -33,6 +34,7 @@ from refalign_jax.devices import peak_flops
 from refalign_jax.train_config import Config
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+PLUGINS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 SHOWN = ("loss", "pull", "push", "grad_norm", "examples_per_second", "data_wait", "mfu")
 
 
@@ -44,12 +46,13 @@ def about() -> dict[str, Any]:
         text=True,
         check=False,
     )
+    installed = [name for name in PLUGINS if importlib.util.find_spec(name.replace("-", "_"))]
     return {
         "command": shlex.join(sys.argv),
         "refalign_jax": refalign_jax.__version__,
         "commit": commit.stdout.strip() or "unknown",
         "python": sys.version.split()[0],
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, *installed)},
         "flags": {
             name: value
             for name, value in sorted(os.environ.items())

@@ -4,6 +4,7 @@ python tools/compile.py --config configs/refalign_14b_stage1.py --topology v5p:4
     --data.batch-size 64 --data.held-out 0 [--json FILE] [--dump DIR] [--sweep]
 python tools/compile.py --config configs/refalign_14b_stage1.py --parameters
 python tools/compile.py --compare DUMP_A DUMP_B
+python tools/compile.py --table FILE FILE …
 
 Every field of the recipe can be overridden as in tools/train.py. Runs on the CPU; needs libtpu (pip install libtpu).
 """
@@ -48,6 +49,8 @@ class Command:
     """Print each parameter's shape, split and bytes a device; compiles nothing."""
     compare: tuple[Path, Path] | None = None
     """Tell how two dumps differ; compiles nothing."""
+    table: tuple[Path, ...] = ()
+    """Print reports, as --json wrote them, as a Markdown table; compiles nothing."""
 
 
 def parse(arguments: list[str]) -> Command:
@@ -72,6 +75,9 @@ def main(arguments: list[str]) -> int:
     if command.compare:
         texts = [(folder / ahead.HLO_FILE).read_text() for folder in command.compare]
         print("\n".join(hlo.compare(*texts)))
+        return 0
+    if command.table:
+        print(ahead.table([json.loads(path.read_text()) for path in command.table]))
         return 0
     if command.parameters:
         print(ahead.parameter_table(command.recipe, command.topology))

@@ -36,6 +36,9 @@ from refalign_jax.types import Array, Float, Int
 ATTENTION_OUTPUT = "attention"
 """Name under which a remat policy can keep what a kernel returns: the output and, of splash, the log of the sums."""
 
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
+"""JAX's primitive of cuDNN's forward pass: beside its output, what its backward pass needs has no name to keep it by."""
+
 LANES = 128
 """A TPU's vector width: tiles are multiples of it."""
 
@@ -144,7 +147,7 @@ def attention(
     with exact:
         fused: Literal["xla", "cudnn"] = "cudnn" if kernel == "cudnn" else "xla"
         out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=fused)
-    return checkpoint_name(out, ATTENTION_OUTPUT)
+    return out if kernel == "cudnn" else checkpoint_name(out, ATTENTION_OUTPUT)
 
 
 def _fast_kernel(dtype: jnp.dtype) -> AttentionKernel:

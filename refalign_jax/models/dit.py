@@ -28,7 +28,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from refalign_jax.config import DiTConfig
-from refalign_jax.models.attention import ATTENTION_OUTPUT, cross_attention, self_attention
+from refalign_jax.models.attention import ATTENTION_OUTPUT, CUDNN_FORWARD, cross_attention, self_attention
 from refalign_jax.models.layers import HIDDEN_OUTPUT, LINEAR_OUTPUT, Linear, RMSNorm, layer_norm
 from refalign_jax.models.rope import Rotation, rotate, rotation, time_sinusoid
 from refalign_jax.sharding import BATCH, CONDITION, CONTEXT, HIDDEN, TOKENS, constrain, context_parts
@@ -373,18 +373,29 @@ def _scan(
         return streams, tap(streams, params[1])
 
     if config.remat != "none":
-        names = REMAT_KEEPS[config.remat]
-        policy = jax.checkpoint_policies.save_only_these_names(*names)
-        if config.offload:
-            policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=list(names),
-                names_which_can_be_offloaded=[BLOCK_INPUT],
-                offload_src="device",
-                offload_dst="pinned_host",
-            )
-        body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        body = jax.checkpoint(body, policy=_keeps(config), prevent_cse=False)
     with jax.named_scope("blocks"):
         return jax.lax.scan(body, streams, params)
+
+
+def _keeps(config: DiTConfig) -> Callable[..., Any]:
+    """The remat policy: of each operation of a block, whether its results are kept, here or in the host's memory."""
+    names = REMAT_KEEPS[config.remat]
+    named = jax.checkpoint_policies.save_only_these_names(*names)
+    if config.offload:
+        named = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=list(names),
+            names_which_can_be_offloaded=[BLOCK_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+
+    def keeps(primitive: Any, *args: Any, **params: Any) -> Any:
+        if primitive.name == CUDNN_FORWARD:
+            return ATTENTION_OUTPUT in names
+        return named(primitive, *args, **params)
+
+    return keeps
 
 
 def _divisible(x: Float[Array, "#B T *rest"]) -> Float[Array, "#B U *rest"]:

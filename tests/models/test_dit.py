@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax._src.cudnn import fused_attention_stablehlo
 
 from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig, wan_1_3b, wan_14b
 from refalign_jax.convert.dit import model_table
@@ -128,6 +129,27 @@ def test_remat_changes_no_gradient(remat):
     other = all_of_it(tiny.params(), batch, noise, TIMES[:1], config)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("remat", "offload", "times"),
+    [("dots", False, 1), ("attention", False, 1), ("attention", True, 1), ("full", False, 2)],
+)
+def test_where_attention_is_kept_cudnn_computes_it_once(monkeypatch, remat, offload, times):
+    """Traced only, since it takes a GPU to run."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_is_flash_attention", lambda *_, **__: None)
+    dit = dataclasses.replace(tiny.DIT, attention="cudnn", remat=remat, offload=offload, compute_dtype="bfloat16")
+    batch, params = tiny.batch([2]), tiny.params()["dit"]
+
+    def loss(params):
+        inputs = (batch.video_latents, jnp.array([300.0]), batch.text, batch.reference_latents)
+        return jnp.sum(DiT(dit).apply({"params": params}, *inputs)[0])
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(params))
+    kinds = 2  # to the tokens and to the text; in one scan
+    assert text.count("dot_product_attention_fwd_wrapper[") == times * kinds
+    assert text.count("dot_product_attention_bwd_wrapper[") == kinds
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
