@@ -208,6 +208,7 @@ def describe(config: Config, mesh: Mesh, known: Chip, topology: str, step: Step)
         "remat": dit.remat,
         "offload": dit.offload,
         "residual_dtype": dit.residual_dtype,
+        "tiles": dataclasses.asdict(dit.tiles),
         "parameters": count(model_shapes(config.model)["dit"]),
         "tflops": {
             "model_a_sample": round(model / 1e12, 2),
@@ -267,31 +268,30 @@ def summary(report: Mapping[str, Any]) -> str:
 
 def table(reports: Sequence[Mapping[str, Any]]) -> str:
     """Reports as a Markdown table, one a line."""
-    lines = [
-        "| step | batch, video, references | mesh | kept | memory a chip, GiB | to spare | repeated | at least | CPU time of compiling |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    names = ("step", "batch, latents, references", "mesh", "remat", "GiB a chip", "spare", "repeated FLOPs")
+    rows: list[Sequence[str]] = [(*names, "seconds at least", "CPU seconds to compile"), ("---",) * (len(names) + 2)]
     for report in reports:
         work, sizes = report["tflops"], report["memory_gib"]
-        slices = f" × {report['slices']}" if report["slices"] > 1 else ""
-        mesh = ", ".join(f"{name} {size}" for name, size in report["mesh"].items() if size > 1)
-        kept = report["remat"] + (", offloaded" if report["offload"] else "")
+        slices = f" x {report['slices']}" if report["slices"] > 1 else ""
+        kept = f"`{report['remat']}`" + (" + offload" if report["offload"] else "")
         kept += ", 16-bit stream" if report["residual_dtype"] == "bfloat16" else ""
+        kept += "" if report["tiles"]["fused_backward"] else ", two backward kernels"
         bounds = report.get("bound_seconds")
-        cells = [
-            f"{report['step']}, {report['parameters'] / 1e9:.1f}e9 parameters, {report['topology']}{slices}"
-            + (", flags" if report["flags"] else ""),
-            f"{report['batch']}, {'×'.join(map(str, report['latent_grid']))}, {report['references']}",
-            mesh or "one device",
-            kept if report["step"] == "train" else "",
-            f"{sizes['total']:.1f} of {sizes['chip']:.2f}",
-            f"{100 * report['spare']:.1f}%" if report["fits"] else "does not fit",
-            f"{100 * (work['hardware'] / work['model'] - 1):.0f}%",
-            f"compute {bounds['compute']:.1f} s, links {bounds['links']:.1f} s" if bounds else "",
-            f"{report['compile_cpu_seconds']:.0f} s" if "compile_cpu_seconds" in report else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(
+            (
+                f"{report['step']}, {report['parameters'] / 1e9:.1f}e9 on {report['topology']}{slices}"
+                + (", with flags" if report["flags"] else ""),
+                f"{report['batch']}, {'x'.join(map(str, report['latent_grid']))}, {report['references']}",
+                ", ".join(f"{name} {size}" for name, size in report["mesh"].items() if size > 1),
+                kept if report["step"] == "train" else "",
+                f"{sizes['total']:.1f} of {sizes['chip']:.2f}",
+                f"{100 * report['spare']:.1f}%" if report["fits"] else "does not fit",
+                f"{100 * (work['hardware'] / work['model'] - 1):.0f}%",
+                f"{bounds['compute']:.1f}; links {bounds['links']:.1f}" if bounds else "",
+                f"{report['compile_cpu_seconds']:.0f}" if "compile_cpu_seconds" in report else "",
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def candidates(config: Config, chips: int) -> Iterator[Config]:

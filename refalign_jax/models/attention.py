@@ -37,7 +37,7 @@ ATTENTION_OUTPUT = "attention"
 """Name under which a remat policy can keep what a kernel returns: the output and, of splash, the log of the sums."""
 
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
-"""JAX's primitive of cuDNN's forward pass: beside its output, what its backward pass needs has no name to keep it by."""
+"""JAX's primitive of cuDNN's forward pass; the log of the sums, which its backward pass needs, has no other name."""
 
 LANES = 128
 """A TPU's vector width: tiles are multiples of it."""
