@@ -26,7 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from refalign_jax import flops, hlo
-from refalign_jax.config import DiTConfig, MeshConfig, RematPolicy
+from refalign_jax.config import AttentionTiles, DiTConfig, MeshConfig, RematPolicy
 from refalign_jax.convert.table import count, flatten
 from refalign_jax.devices import GIB, Chip, chip
 from refalign_jax.metrics import about
@@ -131,7 +131,7 @@ def compile_ahead(
 
     Returns:
       What `summary` prints, as JSON has it. Where memory is too small, `fits` is False and what the compiler needed
-      stands under memory_gib, but nothing of the program.
+      stands under memory_gib (of temporaries alone, where it says no more), but nothing of the program.
 
     Raises:
       ValueError: the topology isn't known, or mesh, batch and heads don't fit each other.
@@ -268,14 +268,15 @@ def summary(report: Mapping[str, Any]) -> str:
 
 def table(reports: Sequence[Mapping[str, Any]]) -> str:
     """Reports as a Markdown table, one a line."""
-    names = ("step", "batch, latents, references", "mesh", "remat", "GiB a chip", "spare", "repeated FLOPs")
+    names = ("step", "batch, latents, references", "mesh", "remat, tiles", "GiB a chip", "spare", "repeated FLOPs")
     rows: list[Sequence[str]] = [(*names, "seconds at least", "CPU seconds to compile"), ("---",) * (len(names) + 2)]
     for report in reports:
         work, sizes = report["tflops"], report["memory_gib"]
         slices = f" x {report['slices']}" if report["slices"] > 1 else ""
         kept = f"`{report['remat']}`" + (" + offload" if report["offload"] else "")
         kept += ", 16-bit stream" if report["residual_dtype"] == "bfloat16" else ""
-        kept += "" if report["tiles"]["fused_backward"] else ", two backward kernels"
+        usual = dataclasses.asdict(AttentionTiles())
+        kept += "".join(f", {name} {value}" for name, value in report["tiles"].items() if value != usual[name])
         bounds = report.get("bound_seconds")
         rows.append(
             (
@@ -357,7 +358,8 @@ def parameter_table(config: Config, topology: str = "") -> str:
 
 def _needed(message: str) -> float | None:
     """GiB that the compiler says it needed where memory did not suffice."""
-    match = re.search(r"Used ([\d.]+)([KMGT])i?B? of", message)
+    match = re.search(r"Used ([\d.]+)([KMGT])\w* of|required for HLO temporaries \(([\d.]+)([KMGT])", message)
     if match is None:
         return None
-    return round(float(match[1]) * {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}[match[2]], 3)
+    size, unit = match[1] or match[3], match[2] or match[4]
+    return round(float(size) * {"K": 2**-20, "M": 2**-10, "G": 1, "T": 2**10}[unit], 3)

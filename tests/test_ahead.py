@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from refalign_jax import hlo
-from refalign_jax.ahead import candidates, parameter_table, ranked, summary
+from refalign_jax.ahead import candidates, parameter_table, ranked, summary, table
 from refalign_jax.config import MeshConfig, ModelConfig, wan_14b
 from refalign_jax.convert.table import count
 from refalign_jax.params import model_shapes
@@ -64,6 +64,29 @@ def test_no_token_sequence_is_gathered_and_no_score_matrix_exists(compiled):
 
 
 @needs_libtpu
+def test_what_does_not_fit_is_told_with_what_it_needs(tmp_path):
+    big = ("--synthetic.latent-grid", "41", "96", "96", "--data.batch-size", "64", "--model.dit.remat", "none")
+    done = run("--topology", "v5e:2x2", *big, "--json", str(tmp_path / "report.json"))
+    assert done.returncode == 1, done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert not report["fits"]
+    assert report["memory_gib"]["total"] > report["memory_gib"]["chip"]
+    assert "fits         no" in done.stdout
+    assert "does not fit" in table([report])
+
+
+@needs_libtpu
+def test_a_sweep_ranks_the_meshes_that_fit(tmp_path):
+    done = run("--topology", "v5e:2x2", "--sweep", "--json", str(tmp_path / "reports.json"))
+    assert done.returncode == 0, done.stderr
+    reports = json.loads((tmp_path / "reports.json").read_text())
+    sizes = [tuple(report["mesh"][name] for name in ("fsdp", "context", "tensor")) for report in reports]
+    assert sizes == [(2, 1, 2), (2, 2, 1)], "two examples and two heads leave no others"
+    assert {report["remat"] for report in reports} == {"none"}, "the first policy fits"
+    assert "2 fit; the fastest by its bounds first:" in done.stdout
+
+
+@needs_libtpu
 def test_what_does_not_fit_each_other_is_refused_before_compiling():
     for arguments, sentence in (
         (("--topology", "v9:1x1"), "can't be used"),
@@ -101,3 +124,10 @@ def test_what_fits_is_ranked_by_its_bounds():
 
     reports = [report("a", True, 3, 1), report("b", False, 1, 1), report("c", True, 2, 2.5), report("d", True, 1, 4)]
     assert [r["name"] for r in ranked(reports)] == ["c", "a", "d"]
+
+
+@pytest.mark.parametrize("folder", ["compiled", "remat"])
+def test_the_tables_in_the_readme_are_made_from_the_reports(folder):
+    reports = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / folder).glob("*.json"))]
+    assert len(reports) > 4
+    assert table(reports) in (ROOT / "README.md").read_text()
