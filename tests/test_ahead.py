@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from refalign_jax import hlo
-from refalign_jax.ahead import candidates, parameter_table, ranked, summary, table
+from refalign_jax.ahead import _needed, candidates, parameter_table, ranked, summary, table
 from refalign_jax.config import MeshConfig, ModelConfig, wan_14b
 from refalign_jax.convert.table import count
 from refalign_jax.params import model_shapes
@@ -73,6 +73,12 @@ def test_what_does_not_fit_is_told_with_what_it_needs(tmp_path):
     assert report["memory_gib"]["total"] > report["memory_gib"]["chip"]
     assert "fits         no" in done.stdout
     assert "does not fit" in table([report])
+
+
+def test_what_compilers_say_of_memory():
+    assert _needed("Ran out of memory in memory space hbm. Used 17.07G of 15.75G hbm.") == 17.07
+    assert _needed("total memory required for HLO temporaries (1.5T) exceeds available HBM (95.73G)") == 1536
+    assert _needed("another failure") is None
 
 
 @needs_libtpu
