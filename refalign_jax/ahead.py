@@ -269,7 +269,10 @@ def summary(report: Mapping[str, Any]) -> str:
 def table(reports: Sequence[Mapping[str, Any]]) -> str:
     """Reports as a Markdown table, one a line."""
     names = ("step", "batch, latents, references", "mesh", "remat, tiles", "GiB a chip", "spare", "repeated FLOPs")
-    rows: list[Sequence[str]] = [(*names, "seconds at least", "CPU seconds to compile"), ("---",) * (len(names) + 2)]
+    rows: list[Sequence[str]] = [
+        (*names, "compute, links at least", "CPU time to compile"),
+        ("---",) * (len(names) + 2),
+    ]
     for report in reports:
         work, sizes = report["tflops"], report["memory_gib"]
         slices = f" x {report['slices']}" if report["slices"] > 1 else ""
@@ -288,8 +291,8 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
                 f"{sizes['total']:.1f} of {sizes['chip']:.2f}",
                 f"{100 * report['spare']:.1f}%" if report["fits"] else "does not fit",
                 f"{100 * (work['hardware'] / work['model'] - 1):.0f}%",
-                f"{bounds['compute']:.1f}; links {bounds['links']:.1f}" if bounds else "",
-                f"{report['compile_cpu_seconds']:.0f}" if "compile_cpu_seconds" in report else "",
+                f"{bounds['compute']:.1f} s, {bounds['links']:.1f} s" if bounds else "",
+                f"{report['compile_cpu_seconds']:.0f} s" if "compile_cpu_seconds" in report else "",
             )
         )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
