@@ -54,7 +54,7 @@ def test_a_training_step_for_a_slice_that_is_not_there(compiled):
 def test_no_token_sequence_is_gathered_and_no_score_matrix_exists(compiled):
     _, text, _ = compiled
     program = hlo.parse(text)
-    assert hlo.kernels(program)["tpu_custom_call"] >= 8, "splash attention, forwards and backwards, of both kinds"
+    assert hlo.kernels(program)["tpu_custom_call"] >= 6, "splash attention: forwards, again, backwards; of both kinds"
     video, references, width = 3 * 24 * 24, 2 * 24 * 24, 256
     for sizes in hlo.arrays(program, "all-gather"):
         assert math.prod(sizes) < video * width, sizes
