@@ -47,7 +47,7 @@ setup(
         ],
         "parity": ["torch==2.13.0", "diffusers>=0.40,<0.43", "ftfy>=6.2,<7"],
         "tpu": ["jax[tpu]"],
-        "ahead": ["libtpu>=0.0.50"],  # compiles for TPUs without one
+        "ahead": ["libtpu>=0.0.52"],  # compiles for TPUs without one
         "cuda": ["jax[cuda13]"],
     },
 )
