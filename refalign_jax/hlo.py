@@ -47,7 +47,7 @@ class Instruction:
       name: of the result.
       opcode: such as `fusion`.
       shapes: of the result, several of a tuple.
-      operands: names.
+      operands: names; `name#k` is element k of a tuple, as newer text has it in place of get-tuple-element.
       text: the whole line.
     """
 
@@ -163,7 +163,7 @@ def _instruction(name: str, line: str, rest: str) -> Instruction:
         name=name,
         opcode=opcode,
         shapes=tuple(_shapes(rest[:end])),
-        operands=tuple(re.findall(r"%([\w.\-]+)", arguments.split("), ")[0])),
+        operands=tuple(re.findall(r"%([\w.\-]+(?:#\d+)?)", arguments.split("), ")[0])),
         text=line,
     )
 
@@ -252,7 +252,7 @@ def _hbm(instruction: Instruction, made: Mapping[str, Instruction], program: Pro
     if instruction.opcode in ("copy-start", "slice-start"):  # (target, source, …), or ((source), target, …)
         source, target = instruction.shapes[:2][:: 1 if instruction.opcode == "slice-start" else -1]
         return min(source.bytes, target.bytes) * ((not source.on_chip) + (not target.on_chip))
-    reads = [sum(s.bytes for s in made[name].shapes if not s.on_chip) for name in instruction.operands if name in made]
+    reads = [sum(s.bytes for s in _result(name, made) if not s.on_chip) for name in instruction.operands]
     writes = sum(shape.bytes for shape in instruction.shapes if not shape.on_chip)
     if instruction.opcode == "fusion":
         body = program.get(instruction.called("calls") or "", [])
@@ -264,11 +264,20 @@ def _hbm(instruction: Instruction, made: Mapping[str, Instruction], program: Pro
             reads = [writes]
     updates = [i for i in body if i.opcode == "dynamic-update-slice"]
     if updates:  # what is updated stays where it is
-        small = sum(s.bytes for i in updates for s in inside[i.operands[1]].shapes)
+        small = sum(s.bytes for i in updates for s in _result(i.operands[1], inside))
         whole = max((shape.bytes for i in updates for shape in i.shapes), default=0)
         writes = min(writes, small)
         reads = [0 if size >= whole else size for size in reads]
     return writes + sum(reads)
+
+
+def _result(operand: str, made: Mapping[str, Instruction]) -> tuple[Shape, ...]:
+    """What an operand is, a whole result or an element of a tuple; nothing where its name isn't known."""
+    name, _, element = operand.partition("#")
+    if name not in made:
+        return ()
+    shapes = made[name].shapes
+    return shapes[int(element) :][:1] if element else shapes
 
 
 def _taken(body: list[Instruction], place: int, size: int) -> int:

@@ -60,6 +60,13 @@ ENTRY %main (a: f32[8,4]) -> (s32[], f32[8,4]) {
 """As the TPU compiler writes: a gather that starts in one fusion and goes on in another, layouts with memory spaces."""
 
 
+def test_newer_text_names_the_elements_of_tuples():
+    newer = re.sub(r"\n.* get-tuple-element\(.*", "", TPU)
+    newer = newer.replace("(%y)", "(%p#1)").replace(", %y)", ", %p#1)").replace("(%i,", "(%p#0,")
+    assert newer.count("#") == 4
+    assert hlo.traffic(hlo.parse(newer)) == hlo.traffic(hlo.parse(TPU))
+
+
 def test_loops_are_multiplied_out_and_an_asynchronous_collective_counts_once():
     moved = hlo.traffic(hlo.parse(TPU))
     assert moved.count == {"all-gather": 5, "all-to-all": 10, "reduce-scatter": 1}
