@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -77,7 +77,7 @@ def main(arguments: list[str]) -> int:
         print("\n".join(hlo.compare(*texts)))
         return 0
     if command.table:
-        print(ahead.table([json.loads(path.read_text()) for path in command.table]))
+        print(ahead.table([report for path in command.table for report in _read(path)]))
         return 0
     if command.parameters:
         print(ahead.parameter_table(command.recipe, command.topology))
@@ -101,6 +101,19 @@ def main(arguments: list[str]) -> int:
     print(ahead.summary(report))
     _write(command.json, report)
     return int(not report["fits"])
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The report, or the reports of a sweep, that --json wrote."""
+    try:
+        found = json.loads(path.read_text())
+        reports = found if isinstance(found, list) else [found]
+        missing = {key for report in reports for key in ("topology", "memory_gib", "tiles") if key not in report}
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"--table {path}: can't be read as a report of --json ({error}).") from error
+    if missing:
+        raise ValueError(f"--table {path}: no report of --json, or an old one; it lacks {', '.join(sorted(missing))}.")
+    return reports
 
 
 def _write(path: Path | None, report: object) -> None:

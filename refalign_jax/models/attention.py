@@ -147,7 +147,7 @@ def attention(
     with exact:
         fused: Literal["xla", "cudnn"] = "cudnn" if kernel == "cudnn" else "xla"
         out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=fused)
-    return out if kernel == "cudnn" else checkpoint_name(out, ATTENTION_OUTPUT)
+    return out if kernel == "cudnn" else checkpoint_name(out, ATTENTION_OUTPUT)  # cuDNN's is kept by its primitive
 
 
 def _fast_kernel(dtype: jnp.dtype) -> AttentionKernel:
