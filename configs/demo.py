@@ -8,9 +8,18 @@ Every number is ours. The shift of 12 in place of 5 puts most of training where 
 captions and references must tell where they are; a rotary base of 100 suits a grid of 6 x 6.
 """
 
-from refalign_jax.config import AlignmentConfig, DiTConfig, FlowConfig, ModelConfig, SamplingConfig
-from refalign_jax.data.loader import DataConfig
-from refalign_jax.train_config import Config, DropoutConfig, OptimizerConfig, TrainConfig
+from refalign_jax.config import (
+    AlignmentConfig,
+    Config,
+    DataConfig,
+    DiTConfig,
+    DropoutConfig,
+    FlowConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:

@@ -15,9 +15,7 @@ Not in the paper or its scripts, so ours and not tuned: 750 steps (half of stage
 moving average, how the mesh is laid out, the loader's workers, how often is saved.
 """
 
-from refalign_jax.config import MeshConfig, ModelConfig, wan_14b
-from refalign_jax.data.loader import DataConfig
-from refalign_jax.train_config import Config, OptimizerConfig, TrainConfig
+from refalign_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig, wan_14b
 
 
 def get_config() -> Config:

@@ -5,9 +5,17 @@ Hardware: one CPU. Time: a minute, most of it start and compilation; not measure
 Every number is ours, chosen to be small.
 """
 
-from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig, SamplingConfig
-from refalign_jax.data.loader import DataConfig
-from refalign_jax.train_config import Config, OptimizerConfig, SyntheticConfig, TrainConfig
+from refalign_jax.config import (
+    AlignmentConfig,
+    Config,
+    DataConfig,
+    DiTConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    SyntheticConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:

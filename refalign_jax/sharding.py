@@ -154,6 +154,21 @@ def state_sharding(shapes: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(of, shapes)
 
 
+def place_shapes(shapes: Any, mesh: Mesh, dtype: Any = None) -> Any:
+    """`jax.ShapeDtypeStruct`s with the sharding of every leaf, for restoring and for compiling without arrays.
+
+    Args:
+      shapes: a tree of arrays or shapes, as `state_sharding` takes it.
+      mesh: the devices.
+      dtype: of all leaves; None keeps each leaf's own.
+    """
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding),
+        shapes,
+        state_sharding(shapes, mesh),
+    )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

@@ -17,8 +17,8 @@ from refalign_jax.config import (
     wan_1_3b,
     wan_14b,
 )
+from refalign_jax.initial import model_shapes
 from refalign_jax.objective import Batch, sample_terms
-from refalign_jax.params import model_shapes
 from refalign_jax.sampling import sample
 
 DIT = DiTConfig(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from support import tiny
 
 from refalign_jax.config import AlignmentConfig, MeshConfig, ModelConfig, SamplingConfig
 from refalign_jax.models.dit import DiT

@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from jax.sharding import PartitionSpec
-from runs import FAST_COMPILE, MODEL, recipe
+from support import tiny
+from support.runs import FAST_COMPILE, MODEL, recipe
 
-from refalign_jax.checkpoint import Checkpoints
-from refalign_jax.config import AlignmentConfig, MeshConfig, ModelConfig, wan_1_3b, wan_14b
-from refalign_jax.convert.table import flatten
+from refalign_jax.config import AlignmentConfig, Config, MeshConfig, ModelConfig, OptimizerConfig, wan_1_3b, wan_14b
 from refalign_jax.sharding import (
     bytes_a_device,
     check_batch,
@@ -25,9 +23,10 @@ from refalign_jax.sharding import (
     state_sharding,
     to_devices,
 )
-from refalign_jax.state import begin, init_state, save, state_shapes
-from refalign_jax.train import train_step
-from refalign_jax.train_config import Config, OptimizerConfig
+from refalign_jax.trainer.checkpoint import Checkpoints
+from refalign_jax.trainer.state import begin, init_state, save, state_shapes
+from refalign_jax.trainer.step import train_step
+from refalign_jax.trees import flatten
 
 WIDE = ModelConfig(
     dit=dataclasses.replace(MODEL.dit, width=64, num_heads=8, num_layers=2, remat="attention"),

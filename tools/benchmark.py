@@ -16,14 +16,11 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from refalign_jax import benchmark, gpu_check
-from refalign_jax.benchmark import Mode, Plan
 from refalign_jax.command import _exit
-from refalign_jax.config import SamplingConfig
-from refalign_jax.data.loader import DataConfig
-from refalign_jax.metrics import about
-from refalign_jax.recipe import read_recipe
-from refalign_jax.train_config import Config, SyntheticConfig
+from refalign_jax.config import Config, DataConfig, SamplingConfig, SyntheticConfig, read_recipe
+from refalign_jax.perf import benchmark, gpu_check
+from refalign_jax.perf.benchmark import Mode, Plan
+from refalign_jax.provenance import about
 
 ROOT = Path(__file__).parents[1]
 GPU = Config(

@@ -21,8 +21,9 @@ import numpy as np
 from grain.sources import ArrayRecordDataSource
 
 from refalign_jax.command import run
-from refalign_jax.data.example import FIELDS, Example, Spec, Storage
-from refalign_jax.data.loader import DataConfig, make_loader
+from refalign_jax.config import FIELDS, DataConfig, Storage
+from refalign_jax.data.examples import Example, Spec
+from refalign_jax.data.loader import make_loader
 from refalign_jax.data.shards import ShardSource, ShardWriter
 from refalign_jax.data.synthetic import SyntheticSource
 

@@ -23,8 +23,7 @@ from refalign_jax.devices import NO_TPU, XLA_FLAGS
 os.environ.update(NO_TPU)  # before anything imports JAX
 
 from refalign_jax.command import _exit
-from refalign_jax.recipe import read_recipe
-from refalign_jax.train_config import Config
+from refalign_jax.config import Config, read_recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +69,7 @@ def parse(arguments: list[str]) -> Command:
 def main(arguments: list[str]) -> int:
     """Parses, compiles, prints; returns 1 where nothing fits."""
     command = parse(arguments)
-    from refalign_jax import ahead, hlo  # after parsing, so that --help answers at once
+    from refalign_jax.perf import ahead, hlo
 
     if command.compare:
         texts = [(folder / ahead.HLO_FILE).read_text() for folder in command.compare]

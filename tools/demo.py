@@ -12,8 +12,8 @@ from typing import Annotated
 import tyro
 
 from refalign_jax.command import run
-from refalign_jax.demo.stages import DemoConfig, compare, demo
-from refalign_jax.recipe import read_recipe
+from refalign_jax.config import DemoConfig, read_recipe
+from refalign_jax.demo.stages import compare, demo
 
 RECIPE = Path(__file__).parents[1] / "configs" / "demo.py"
 

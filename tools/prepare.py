@@ -10,8 +10,9 @@ from typing import Annotated
 import tyro
 
 from refalign_jax.command import run_subcommands
-from refalign_jax.data.prepare import PrepareConfig, prepare
-from refalign_jax.data.records import read_jsonl
+from refalign_jax.config import PrepareConfig
+from refalign_jax.data.prepare import prepare
+from refalign_jax.data.sources.jsonl import read_jsonl
 
 Positional = tyro.conf.Positional
 Flat = tyro.conf.arg(name="")

@@ -10,7 +10,8 @@ from typing import Annotated
 import tyro
 
 from refalign_jax.command import run
-from refalign_jax.generate import SAMPLES, GenerateConfig, generate, open_generator, read_requests
+from refalign_jax.config import GenerateConfig
+from refalign_jax.inference.generate import SAMPLES, generate, open_generator, read_requests
 
 Positional = tyro.conf.Positional
 

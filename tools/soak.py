@@ -22,10 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from refalign_jax.checkpoint import ARRAYS, find_checkpoint, read_arrays, read_json
 from refalign_jax.command import run
-from refalign_jax.convert.table import flatten
-from refalign_jax.metrics import read_metrics
+from refalign_jax.convert.checkpoint import ARRAYS, find_checkpoint, read_arrays, read_json
+from refalign_jax.trainer.log import read_metrics
+from refalign_jax.trees import flatten
 
 TOOLS = Path(__file__).parent
 COMPARED = ("loss", "flow", "pull", "push", "grad_norm", "held_out_loss")

@@ -10,8 +10,7 @@ from pathlib import Path
 import tyro
 
 from refalign_jax.command import _exit
-from refalign_jax.recipe import read_recipe
-from refalign_jax.train_config import Config
+from refalign_jax.config import Config, read_recipe
 
 
 def parse(arguments: list[str]) -> Config:
@@ -33,7 +32,7 @@ def main(arguments: list[str]) -> int:
     """Parses, then trains."""
     config = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    from refalign_jax.train import train  # after parsing, so that --help answers at once
+    from refalign_jax.trainer.loop import train
 
     train(config)
     return 0

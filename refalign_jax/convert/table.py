@@ -8,14 +8,13 @@ missing, extra or misshapen tensor is an error that lists names and shapes.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-Params = dict[str, Any]
-"""A nested dict of arrays, as flax.linen's `init(...)["params"]` returns it."""
+from refalign_jax.trees import flatten, unflatten
+from refalign_jax.types import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,27 +85,6 @@ class Tensors(Protocol):
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor, as stored."""
         ...
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flattens a nested dict into {"a/b/c": leaf}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat |= flatten(value, path + "/") if isinstance(value, Mapping) else {path: value}
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> Params:
-    """Inverse of `flatten`."""
-    tree: Params = {}
-    for path, leaf in flat.items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
 
 
 def published_shapes(table: Sequence[Entry], params: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -245,8 +223,3 @@ def to_published(table: Sequence[Entry], params: Mapping[str, Any]) -> Iterator[
         for i, name in enumerate(entry.names):
             value = np.asarray(leaf[i] if entry.stack else leaf)
             yield name, np.ascontiguousarray(entry.layout.to_published(value))
-
-
-def count(params: Mapping[str, Any]) -> int:
-    """Number of scalars in a tree of arrays or shapes."""
-    return sum(math.prod(leaf.shape) for leaf in flatten(params).values())

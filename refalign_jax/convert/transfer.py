@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from refalign_jax.checkpoint import Unread, open_params, save_params
+from refalign_jax.convert.checkpoint import Unread, open_params, save_params
 from refalign_jax.convert.dit import Names, model_table
 from refalign_jax.convert.files import open_weights, write_weights
 from refalign_jax.convert.infer import infer_config, infer_names
-from refalign_jax.convert.table import count, flatten, published_shapes, stored, to_published, unflatten
-from refalign_jax.params import model_shapes
+from refalign_jax.convert.table import published_shapes, stored, to_published
+from refalign_jax.initial import model_shapes
+from refalign_jax.trees import count, flatten, unflatten
 
 
 def import_weights(weights: Path, checkpoint: Path, num_heads: int | None = None) -> str:

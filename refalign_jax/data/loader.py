@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import gc
 import logging
 import multiprocessing
@@ -29,7 +28,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from refalign_jax.data.example import FIELDS, MAX_TEXT_LENGTH, Spec, fill
+from refalign_jax.config import FIELDS, MAX_TEXT_LENGTH, DataConfig
+from refalign_jax.data.examples import Spec, fill
 from refalign_jax.data.shards import CorruptRecordError
 from refalign_jax.types import Int
 
@@ -45,52 +45,6 @@ _ENDLESS = 2**52
 """Positions until the end; Grain divides lengths as floats, so `sys.maxsize` would not do."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which examples are read, and how they become batches."""
-
-    path: str = ""
-    """Folder of a prepared dataset, local or `gs://`."""
-    batch_size: int = 8
-    """Examples a step over all processes."""
-    max_references: int = 3
-    """References a row holds; an example's further ones are left out, the first are kept. 0 trains text-to-video."""
-    text_length: int = 512
-    """Text tokens a row holds; the DiT attends to all of them, padding included."""
-    dtype: Literal["float32", "stored"] = "stored"
-    """dtype of latents, text and VFM targets in a batch: float32, or as stored (int8 targets always become float32)."""
-    shuffle_seed: int = 0
-    """Seed of the global order, in [0, 2^32)."""
-    held_out: int = 0
-    """Examples at the dataset's end that training never sees: a multiple of batch_size, 0 for none."""
-    num_workers: int = 0
-    """Processes that read and batch; 0 reads in threads of this one. Batches come through /dev/shm, which must hold a
-    few of them for each worker."""
-    num_threads: int = 2
-    """Threads that read and batch, in each worker."""
-    prefetch: int = 2
-    """Batches kept ready, in each worker."""
-    max_corrupt: int = 0
-    """Corrupt records that a process replaces by the next readable one and reports, before it stops with an error."""
-
-    def __post_init__(self) -> None:
-        least = {"batch_size": 1, "max_references": 0, "text_length": 1, "num_threads": 1, "prefetch": 1}
-        least |= {"shuffle_seed": 0, "held_out": 0, "num_workers": 0, "max_corrupt": 0}
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least {minimum}.")
-        if self.text_length > MAX_TEXT_LENGTH:
-            raise ValueError(f"data.text_length is {self.text_length}; it must be at most {MAX_TEXT_LENGTH}.")
-        if self.shuffle_seed >= 2**32:
-            raise ValueError(f"data.shuffle_seed is {self.shuffle_seed}; it must be below 2^32.")
-        if self.dtype not in ("float32", "stored"):
-            raise ValueError(f"data.dtype is {self.dtype!r}; it must be float32 or stored.")
-        if self.held_out % self.batch_size:
-            raise ValueError(
-                f"data.held_out is {self.held_out}; it must be a multiple of batch_size {self.batch_size}."
-            )
 
 
 class Source(Protocol):

@@ -1,4 +1,4 @@
-"""What a prepared dataset holds, in lines and as a picture: the body of tools/inspect.py.
+"""What a prepared dataset holds, in lines and as a picture: the body of tools/overview.py.
 
 Latents have no decoder here. The contact sheet shows their first three principal components as red, green and blue: a
 row an example, first the video's middle latent frame, then each reference on the same colour axes.
@@ -16,7 +16,8 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from refalign_jax.data.example import FIELDS, fill
+from refalign_jax.config import FIELDS
+from refalign_jax.data.examples import fill
 from refalign_jax.data.shards import Manifest, ShardSource, read_manifest
 from refalign_jax.data.shards import verify as check_shards
 from refalign_jax.types import Float

@@ -26,9 +26,14 @@ from etils import epath
 from jaxtyping import UInt8
 from tqdm import tqdm
 
+from refalign_jax.config import AugmentConfig, PrepareConfig
 from refalign_jax.data.clips import choose_frames, resize_and_crop
-from refalign_jax.data.encoders import (
-    ComputeDtype,
+from refalign_jax.data.examples import Example
+from refalign_jax.data.records import Record, Reference, Skipped, subject_ids
+from refalign_jax.data.references import prepare_reference
+from refalign_jax.data.shards import MANIFEST, Manifest, ShardWriter, read_manifest
+from refalign_jax.data.video import cut_out, probe, read_frames, read_image, read_mask, to_float
+from refalign_jax.encoders.open import (
     FeatureEncoder,
     TextEncoder,
     VideoCodec,
@@ -36,83 +41,12 @@ from refalign_jax.data.encoders import (
     open_text_encoder,
     open_video_codec,
 )
-from refalign_jax.data.example import Example, Storage
-from refalign_jax.data.records import Record, Reference, Skipped, subject_ids
-from refalign_jax.data.references import AugmentConfig, prepare_reference
-from refalign_jax.data.shards import MANIFEST, Manifest, ShardWriter, read_manifest
-from refalign_jax.data.video import cut_out, probe, read_frames, read_image, read_mask, to_float
-from refalign_jax.metrics import about
+from refalign_jax.provenance import about
 
 SKIPPED = "skipped.jsonl"
 UNREADABLE_VIDEO = "the video can't be read"
 UNREADABLE_REFERENCE = "a reference can't be read"
 NOT_FINITE = "the encoders gave NaN or infinity"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
-    """How clips become examples. The three encoders must be chosen; the stand-ins need no weights."""
-
-    vae: str
-    """`dct`, or the file or folder of Wan2.1's VAE."""
-    text_encoder: str
-    """`words`, or the folder of UMT5 and its tokenizer."""
-    vfm: str
-    """`daisy`, or the folder of DINOv3."""
-    height: int = 480
-    """Rows of videos and references, pixels."""
-    width: int = 832
-    """Columns of videos and references, pixels."""
-    num_frames: int = 81
-    """Frames of a clip, 4k+1."""
-    stride: int = 1
-    """Frames of the video from one frame of the clip to the next."""
-    max_references: int = 3
-    """References of a record that are used, the first ones."""
-    seed: int = 0
-    """Of starts and alterations."""
-    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
-    """How references cut from the clip itself are altered."""
-    storage: Storage = dataclasses.field(default_factory=Storage)
-    """dtype of each field on disk."""
-    examples_per_shard: int = 32
-    """Examples a file; those of an unfinished file are made again after an interruption."""
-    part: tuple[int, int] = (1, 1)
-    """Which part of how many this process prepares, such as 2 8."""
-    workers: int = 2
-    """Threads that read videos and images."""
-    batch_size: int = 1
-    """Records encoded together; with several devices a multiple of their number."""
-    compute_dtype: ComputeDtype = "bfloat16"
-    """Of the networks' matrix products."""
-    tile: int = 0
-    """Side in pixels of the tiles in which the VAE works, to save memory; 0 for whole frames."""
-    dct_stride: int = 8
-    """Pixels a latent cell spans in the codec `dct`, 4 or 8."""
-    dct_channels: int = 16
-    """Latent channels of the codec `dct`."""
-    word_width: int = 256
-    """Width of the embeddings of `words`."""
-
-    def __post_init__(self) -> None:
-        least = {"height": 1, "width": 1, "num_frames": 1, "stride": 1, "max_references": 0, "seed": 0}
-        least |= {"examples_per_shard": 1, "workers": 1, "batch_size": 1, "tile": 0}
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}.")
-        if self.num_frames % 4 != 1:
-            raise ValueError(
-                f"num_frames is {self.num_frames}; it must be 4k+1, such as {self.num_frames // 4 * 4 + 1}."
-            )
-        index, parts = self.part
-        if not 1 <= index <= parts:
-            raise ValueError(f"part is {index} {parts}; it must be two numbers, the first from 1 to the second.")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides an example's content beside the encoders, as JSON has it."""
-        names = ("height", "width", "num_frames", "stride", "max_references", "seed", "augment", "part")
-        return json.loads(json.dumps({name: dataclasses.asdict(self)[name] for name in names}))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ one such object a line; `mask` and `subject` may be left out. Paths are relative
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -78,33 +77,6 @@ def subject_ids(references: tuple[Reference, ...]) -> np.ndarray:
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int32)
 
 
-_FIELDS = {"video": True, "prompt": True, "references": True}
-_REFERENCE_FIELDS = {"image": True, "subject": False, "mask": False}
-"""Fields of a line and of a reference in it; whether they must be there."""
-
-
-def read_jsonl(path: str | Path) -> list[Record]:
-    """Reads a JSONL file of records, in the form that this module describes.
-
-    A record's id is the video's name and eight digits of a hash of the line's content, so it does not depend on the
-    line's place.
-
-    Raises:
-      ValueError: no such file, no line in it, or a line that is not in this form.
-    """
-    path = Path(path)
-    records: dict[str, Record] = {}
-    numbers: dict[str, int] = {}
-    for number, fields in read_lines(path):
-        record = _parse(fields, f"{path}, line {number}", path.parent)
-        if record.id in records:
-            raise ValueError(f"{path}, line {number} says the same as line {numbers[record.id]}; remove one of them.")
-        records[record.id], numbers[record.id] = record, number
-    if not records:
-        raise ValueError(f'{path} holds no record; a line is {{"video": …, "prompt": …, "references": […]}}.')
-    return list(records.values())
-
-
 def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Yields what the lines of a JSONL file hold, each with its number from 1; empty lines are passed over.
 
@@ -123,46 +95,6 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
         yield number, fields
-
-
-def parse_references(entries: Any, where: str, folder: Path) -> tuple[Reference, ...]:
-    """Reads the field `references` of a line; paths in it are relative to `folder`.
-
-    Raises:
-      ValueError: it is not a list of {"image", "subject"?, "mask"?}.
-    """
-    if not isinstance(entries, list):
-        raise ValueError(f"{where}: references is {entries!r:.60}; it must be a list, [] for none.")
-    for index, entry in enumerate(entries):
-        name = f"references[{index}]"
-        check_fields(entry, _REFERENCE_FIELDS, f"{where}: {name}")
-        for key, value in entry.items():
-            check_text(value, f"{name}.{key}", where)
-    return tuple(
-        Reference(
-            path=folder / entry["image"],
-            mask=folder / entry["mask"] if "mask" in entry else None,
-            subject=entry.get("subject"),
-        )
-        for entry in entries
-    )
-
-
-def _parse(fields: Any, where: str, folder: Path) -> Record:
-    """Reads one line."""
-    check_fields(fields, _FIELDS, where)
-    for name in ("video", "prompt"):
-        check_text(fields[name], name, where, empty=name == "prompt")
-    references = parse_references(fields["references"], where, folder)
-    content = json.dumps(fields, sort_keys=True, ensure_ascii=False)
-    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
-    return Record(
-        id=f"{Path(fields['video']).stem}-{digest}",
-        video=folder / fields["video"],
-        prompt=fields["prompt"],
-        references=references,
-        metadata={"video": fields["video"], "references": fields["references"]},
-    )
 
 
 def check_fields(value: Any, known: Mapping[str, bool], where: str) -> None:

@@ -11,54 +11,18 @@ edge. Brightness and colour change before the subject is laid on white, and the 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from refalign_jax.config import AugmentConfig
 from refalign_jax.data.video import Box, cut_out
 from refalign_jax.types import Bool, Float
 
 _MARGIN = 2
 """White pixels around a cut-out while it is warped, so that its border is interpolated towards white."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """How references cut from the clip itself are altered; the defaults are METHOD.md's."""
-
-    flip: float = 0.5
-    """Probability of a mirror image."""
-    rotation: float = 45.0
-    """Largest angle, degrees, to either side."""
-    shear: float = 10.0
-    """Largest angle of shear along the rows, degrees, to either side."""
-    perspective: float = 0.3
-    """How far corners may move inwards at most, in half the height and half the width."""
-    perspective_probability: float = 0.5
-    """Probability of a change of perspective."""
-    shift: float = 0.05
-    """Largest shift to any side, in heights and widths of the canvas."""
-    scale: tuple[float, float] = (0.9, 1.1)
-    """Smallest and largest scale."""
-    brightness: tuple[float, float] = (0.9, 1.1)
-    """Smallest and largest factor of all channels together."""
-    colour: float = 0.05
-    """Largest change of each channel by itself, in the range of a pixel; the paper says no more than ± 0.05."""
-
-    def __post_init__(self) -> None:
-        for name in ("flip", "perspective", "perspective_probability", "shift", "colour"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"augment.{name} is {getattr(self, name)}; it must be in [0, 1].")
-        for name, most in (("rotation", 180), ("shear", 60)):
-            if not 0 <= getattr(self, name) <= most:
-                raise ValueError(f"augment.{name} is {getattr(self, name)}; it must be in [0, {most}] degrees.")
-        for name in ("scale", "brightness"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"augment.{name} is {low} to {high}; it must ascend from above 0.")
 
 
 def prepare_reference(

@@ -31,7 +31,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from grain.sources import ArrayRecordDataSource
 
-from refalign_jax.data.example import FIELDS, Example, Spec, Storage, cosines, encode, fill, parse
+from refalign_jax.config import FIELDS, Storage
+from refalign_jax.data.examples import Example, Spec, cosines, encode, fill, parse
 
 MANIFEST = "manifest.json"
 FORMAT = "refalign_jax examples 1"

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from refalign_jax.data.example import Spec
+from refalign_jax.data.examples import Spec
 
 _OFFSETS = 65_537
 """Distinct starts in the pool, a prime: stepping by any number visits all of them."""

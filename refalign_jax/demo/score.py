@@ -19,8 +19,8 @@ import numpy as np
 from jaxtyping import UInt8
 from skimage.metrics import structural_similarity
 
-from refalign_jax.data.demo import CELL, NUM_FRAMES, SIZE, SUBJECTS, Actor, Scene, photograph, region
 from refalign_jax.data.video import read_frames
+from refalign_jax.demo.scenes import CELL, NUM_FRAMES, SIZE, SUBJECTS, Actor, Scene, photograph, region
 from refalign_jax.types import Float
 
 

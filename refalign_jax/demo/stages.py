@@ -21,45 +21,23 @@ from typing import Any
 
 import numpy as np
 
-from refalign_jax.checkpoint import find_checkpoint
-from refalign_jax.data.demo import CELL, FPS, GRID, NUM_FRAMES, draw_scenes, read_scene, reference_path, write_clips
-from refalign_jax.data.encoders import reopen_video_codec
-from refalign_jax.data.example import fill
-from refalign_jax.data.prepare import PrepareConfig, prepare
+from refalign_jax.config import Config, DemoConfig, GenerateConfig, PrepareConfig
+from refalign_jax.convert.checkpoint import find_checkpoint
+from refalign_jax.data.examples import fill
+from refalign_jax.data.prepare import prepare
 from refalign_jax.data.records import Reference
 from refalign_jax.data.shards import ShardSource
 from refalign_jax.data.video import to_pixels, write_video
+from refalign_jax.demo.scenes import CELL, FPS, GRID, NUM_FRAMES, draw_scenes, read_scene, reference_path, write_clips
 from refalign_jax.demo.score import Verdict, evaluation, judge_files
-from refalign_jax.generate import GenerateConfig, Request, generate, open_generator, write_samples
+from refalign_jax.encoders.open import reopen_video_codec
+from refalign_jax.inference.generate import Request, generate, open_generator, write_samples
 from refalign_jax.report.page import write_report
-from refalign_jax.train import train
-from refalign_jax.train_config import Config
+from refalign_jax.trainer.loop import train
 
 logger = logging.getLogger(__name__)
 
 EVALUATION = "evaluation.json"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """Of what size the demo is."""
-
-    folder: Path = Path("runs/demo")
-    """Everything that it writes."""
-    clips: int = 2048
-    """Clips, the last `data.held_out` of them held out from training."""
-    samples: int = 64
-    """Held-out captions that are sampled, at most `data.held_out`."""
-    seeds: int = 3
-    """Pairs of runs in the comparison."""
-    steps: int | None = None
-    """Of training; None, as many as the recipe says."""
-
-    def __post_init__(self) -> None:
-        """Refuses a demo of nothing."""
-        for name in ("clips", "samples", "seeds", "steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
 
 
 def demo(demo: DemoConfig, recipe: Config) -> Path:

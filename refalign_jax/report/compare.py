@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student
 
-from refalign_jax.preflight import flat_fields
+from refalign_jax.config.recipe import flat_fields
 from refalign_jax.report import figures, html, tokens
 from refalign_jax.report.measures import MEASURES, Measured, Part, block_charts, describe, measure, token_maps
 from refalign_jax.report.run import Run, read_run

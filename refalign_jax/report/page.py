@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from refalign_jax.metrics import about
+from refalign_jax.provenance import about
 from refalign_jax.report import html, sections
 from refalign_jax.report.compare import comparison, read_pairs
 from refalign_jax.report.figures import Picture

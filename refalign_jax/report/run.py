@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from refalign_jax.checkpoint import from_dict
-from refalign_jax.train_config import Config
+from refalign_jax.config import Config
+from refalign_jax.config.recipe import from_dict
 from refalign_jax.types import Float, Int
 
 

@@ -17,17 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from refalign_jax.checkpoint import find_checkpoint, restore_params
-from refalign_jax.config import DiTConfig, MeshConfig, ModelConfig
+from refalign_jax.config import Config, DiTConfig, MeshConfig, ModelConfig
+from refalign_jax.convert.checkpoint import find_checkpoint, restore_params
+from refalign_jax.convert.load import initial_params
 from refalign_jax.data.loader import make_loader
 from refalign_jax.data.shards import ShardSource
 from refalign_jax.flow import corrupt, lookup, training_schedule
-from refalign_jax.initial import initial_params, random_params
+from refalign_jax.initial import random_params
 from refalign_jax.models.dit import DiT, patchify
 from refalign_jax.report import representation
 from refalign_jax.report.run import Run
 from refalign_jax.sharding import make_mesh, state_sharding
-from refalign_jax.train_config import Config
 from refalign_jax.types import Array, Bool, Float, Int, Params
 
 EXAMPLES = 64

@@ -21,11 +21,12 @@ from refalign_jax import alignment, flow
 from refalign_jax.config import AlignmentConfig, DiTConfig, DType, FlowConfig, ModelConfig, SamplingConfig
 from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.files import open_weights
-from refalign_jax.convert.table import Params, to_ours, to_published
+from refalign_jax.convert.table import to_ours, to_published
+from refalign_jax.initial import model_shapes
 from refalign_jax.models.dit import DiT
 from refalign_jax.objective import Batch, Terms, all_aligned, sample_terms
-from refalign_jax.params import model_shapes
 from refalign_jax.sampling import sample
+from refalign_jax.types import Params
 from refalign_jax.verify.report import Report
 
 SCALARS: Mapping[str, Callable[[Terms], jax.Array]] = {

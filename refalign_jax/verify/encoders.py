@@ -18,10 +18,11 @@ import numpy as np
 from refalign_jax.config import DType
 from refalign_jax.convert.dinov3 import dinov3_layers, dinov3_table
 from refalign_jax.convert.files import open_weights
-from refalign_jax.convert.table import Params, to_ours
+from refalign_jax.convert.table import to_ours
 from refalign_jax.convert.umt5 import umt5_names, umt5_table, untied
 from refalign_jax.convert.vae import vae_table
 from refalign_jax.models import dinov3, umt5, vae
+from refalign_jax.types import Params
 from refalign_jax.verify.report import Report
 
 FILES = ("vae.safetensors", "umt5.safetensors", "dinov3.safetensors")

@@ -8,9 +8,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from refalign_jax.checkpoint import load_params
 from refalign_jax.convert import files, transfer
-from refalign_jax.convert.table import flatten
+from refalign_jax.convert.checkpoint import load_params
+from refalign_jax.trees import flatten
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from footage import photograph
 from hypothesis import given
 from hypothesis import strategies as st
+from support.footage import photograph
 
 from refalign_jax.data.clips import choose_frames, resize_and_crop
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
-from refalign_jax.data.example import FIELDS, Example, Storage, cosines, decode, encode, fill, parse, quantize
+from refalign_jax.config import FIELDS, Storage
+from refalign_jax.data.examples import Example, cosines, decode, encode, fill, parse, quantize
 
 FLOAT32 = Storage(video_latents="float32", reference_latents="float32", text="float32", vfm_features="float32")
 

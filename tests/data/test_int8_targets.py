@@ -6,7 +6,7 @@ import pytest
 
 from refalign_jax.alignment import pull_push
 from refalign_jax.config import AlignmentConfig
-from refalign_jax.data.example import cosines, quantize
+from refalign_jax.data.examples import cosines, quantize
 
 
 @pytest.mark.parametrize("likeness", [0.0, 0.5, 0.9])

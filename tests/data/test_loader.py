@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from data.test_example import FLOAT32, make
 
-from refalign_jax.data.example import Spec, Storage, cosines
-from refalign_jax.data.loader import DataConfig, make_loader
+from refalign_jax.config import DataConfig, Storage
+from refalign_jax.data.examples import Spec, cosines
+from refalign_jax.data.loader import make_loader
 from refalign_jax.data.shards import ShardSource, ShardWriter
 from refalign_jax.data.synthetic import SyntheticSource
 

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from footage import panned, photograph, write_records
 from PIL import Image
+from support.footage import panned, photograph, write_records
 
 import refalign_jax.data.prepare as prepare_module
+from refalign_jax.config import DataConfig, PrepareConfig, Storage
 from refalign_jax.data.clips import resize_and_crop
-from refalign_jax.data.encoders import reopen_video_codec
-from refalign_jax.data.example import Storage
-from refalign_jax.data.loader import DataConfig, make_loader
-from refalign_jax.data.prepare import Clip, PrepareConfig, load, prepare
-from refalign_jax.data.records import Record, Reference, Skipped, read_jsonl
+from refalign_jax.data.loader import make_loader
+from refalign_jax.data.prepare import Clip, load, prepare
+from refalign_jax.data.records import Record, Reference, Skipped
 from refalign_jax.data.shards import ShardSource, read_manifest
+from refalign_jax.data.sources.jsonl import read_jsonl
 from refalign_jax.data.video import to_float, write_video
+from refalign_jax.encoders.open import reopen_video_codec
 
 SMALL = PrepareConfig(
     vae="dct",

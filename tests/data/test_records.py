@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from refalign_jax.data.records import Reference, read_jsonl, subject_ids
+from refalign_jax.data.records import Reference, subject_ids
+from refalign_jax.data.sources.jsonl import read_jsonl
 
 GOOD = {
     "video": "clips/cat.mp4",

@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from footage import photograph
+from support.footage import photograph
 
-from refalign_jax.data.references import AugmentConfig, prepare_reference
+from refalign_jax.config import AugmentConfig
+from refalign_jax.data.references import prepare_reference
 
 STILL = AugmentConfig(
     flip=0,

@@ -14,15 +14,9 @@ import numpy as np
 import pytest
 from data.test_example import FLOAT32, assert_same, make
 
-from refalign_jax.data.example import Storage, decode, encode
-from refalign_jax.data.shards import (
-    MANIFEST,
-    CorruptRecordError,
-    ShardSource,
-    ShardWriter,
-    read_manifest,
-    verify,
-)
+from refalign_jax.config import Storage
+from refalign_jax.data.examples import decode, encode
+from refalign_jax.data.shards import MANIFEST, CorruptRecordError, ShardSource, ShardWriter, read_manifest, verify
 
 MADE = {"encoders": {"video": "dct"}, "command": "test"}
 

@@ -5,8 +5,8 @@ import re
 import av
 import numpy as np
 import pytest
-from footage import panned, photograph
 from PIL import Image
+from support.footage import panned, photograph
 
 from refalign_jax.data.video import cut_out, probe, read_frames, read_image, read_mask, to_float, to_pixels, write_video
 

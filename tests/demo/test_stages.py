@@ -4,16 +4,24 @@ import dataclasses
 import json
 
 import pytest
-import runs
+from support import runs
 
-from refalign_jax.checkpoint import find_checkpoint, read_json
-from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig, SamplingConfig
-from refalign_jax.data.loader import DataConfig
+from refalign_jax.config import (
+    AlignmentConfig,
+    Config,
+    DataConfig,
+    DemoConfig,
+    DiTConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
+    read_recipe,
+)
+from refalign_jax.convert.checkpoint import find_checkpoint, read_json
 from refalign_jax.demo import stages
-from refalign_jax.demo.stages import DemoConfig, compare, demo
-from refalign_jax.recipe import read_recipe
-from refalign_jax.train import train
-from refalign_jax.train_config import Config, OptimizerConfig, TrainConfig
+from refalign_jax.demo.stages import compare, demo
+from refalign_jax.trainer.loop import train
 from tools.demo import RECIPE
 
 SMALL = Config(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from support import tiny
 
 from refalign_jax.config import AttentionTiles, MeshConfig
 from refalign_jax.models.attention import _padded, attention, cross_attention, self_attention

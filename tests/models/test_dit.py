@@ -8,16 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from jax._src.cudnn import fused_attention_stablehlo
+from support import tiny
 
 from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig, wan_1_3b, wan_14b
 from refalign_jax.convert.dit import model_table
-from refalign_jax.convert.table import count, published_shapes
+from refalign_jax.convert.table import published_shapes
+from refalign_jax.initial import model_shapes
 from refalign_jax.models import rope
 from refalign_jax.models.dit import DiT, patchify, unpatchify
 from refalign_jax.objective import sample_terms
-from refalign_jax.params import model_shapes
+from refalign_jax.trees import count
 
 TIMES = jnp.array([300, 40, 800])
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from support import tiny
 
 from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.table import to_ours

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from refalign_jax.convert.files import open_weights
-from refalign_jax.convert.table import count, to_ours
+from refalign_jax.convert.table import to_ours
 from refalign_jax.convert.vae import vae_table
 from refalign_jax.models import vae
+from refalign_jax.trees import count
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "encoders_a"
 

@@ -10,10 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from refalign_jax.convert.dinov3 import dinov3_layers, dinov3_table  # noqa: E402
-from refalign_jax.convert.files import open_weights  # noqa: E402
-from refalign_jax.convert.table import check, published_shapes, to_ours  # noqa: E402
-from refalign_jax.models import dinov3  # noqa: E402
+from refalign_jax.convert.dinov3 import dinov3_layers, dinov3_table
+from refalign_jax.convert.files import open_weights
+from refalign_jax.convert.table import check, published_shapes, to_ours
+from refalign_jax.models import dinov3
 
 GATED = {"use_gated_mlp": True, "hidden_act": "silu"}
 

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from support import tiny
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from refalign_jax.checkpoint import load_params  # noqa: E402
-from refalign_jax.convert.transfer import export_weights, import_weights  # noqa: E402
-from refalign_jax.models.dit import DiT  # noqa: E402
+from refalign_jax.convert.checkpoint import load_params
+from refalign_jax.convert.transfer import export_weights, import_weights
+from refalign_jax.models.dit import DiT
 
 
 @pytest.mark.parametrize("size", [(2, 12, 3), (2, 128, 2)], ids=["narrow", "published head width"])

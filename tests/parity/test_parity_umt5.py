@@ -10,10 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from refalign_jax.convert.files import open_weights  # noqa: E402
-from refalign_jax.convert.table import to_ours  # noqa: E402
-from refalign_jax.convert.umt5 import umt5_names, umt5_table, untied  # noqa: E402
-from refalign_jax.models.umt5 import UMT5Config, UMT5Encoder, clean_prompt, encode, relative_buckets  # noqa: E402
+from refalign_jax.convert.files import open_weights
+from refalign_jax.convert.table import to_ours
+from refalign_jax.convert.umt5 import umt5_names, umt5_table, untied
+from refalign_jax.models.umt5 import UMT5Config, UMT5Encoder, clean_prompt, encode, relative_buckets
 
 
 def test_narrow_encoder_with_padding(tmp_path):

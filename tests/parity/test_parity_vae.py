@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from refalign_jax.convert.pickle_files import open_pickle_weights
-from refalign_jax.convert.table import count, flatten, to_ours, to_published
+from refalign_jax.convert.table import to_ours, to_published
 from refalign_jax.convert.vae import vae_table
 from refalign_jax.models import vae
+from refalign_jax.trees import count, flatten
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

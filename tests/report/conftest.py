@@ -2,8 +2,8 @@
 
 import jax
 import pytest
-import tiny
-from reported import recipe, write_dataset, write_run, write_samples
+from support import tiny
+from support.reported import recipe, write_dataset, write_run, write_samples
 
 
 @pytest.fixture(scope="session")

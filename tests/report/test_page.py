@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import chromium
 import numpy as np
 import pytest
 from PIL import Image
-from reported import recipe, write_run
+from support import chromium
+from support.reported import recipe, write_run
 
 from refalign_jax.report import html, page
 

@@ -3,16 +3,16 @@
 import jax
 import numpy as np
 import pytest
-from reported import SUBJECTS, recipe, write_dataset
+from support.reported import SUBJECTS, recipe, write_dataset
 
-from refalign_jax.checkpoint import Checkpoints
 from refalign_jax.config import MeshConfig
 from refalign_jax.flow import training_schedule
 from refalign_jax.models.dit import DiT
 from refalign_jax.report import tokens
 from refalign_jax.report.run import read_run
 from refalign_jax.sharding import make_mesh
-from refalign_jax.state import begin
+from refalign_jax.trainer.checkpoint import Checkpoints
+from refalign_jax.trainer.state import begin
 
 
 @pytest.fixture(scope="module")

@@ -13,20 +13,22 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import tiny
-from runs import MODEL, recipe
+from support import tiny
+from support.runs import MODEL, recipe
 
-from refalign_jax import preflight
-from refalign_jax import train as training
-from refalign_jax.checkpoint import Checkpoints, save_params
 from refalign_jax.command import _exit
+from refalign_jax.config import Storage
+from refalign_jax.convert.checkpoint import save_params
 from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.files import write_weights
 from refalign_jax.convert.table import published_shapes, to_published
-from refalign_jax.data.example import Example, Storage
+from refalign_jax.data.examples import Example
 from refalign_jax.data.shards import ShardWriter
 from refalign_jax.sharding import make_mesh
-from refalign_jax.state import begin, save
+from refalign_jax.trainer import loop as training
+from refalign_jax.trainer import preflight
+from refalign_jax.trainer.checkpoint import Checkpoints
+from refalign_jax.trainer.state import begin, save
 from tools.train import main
 
 ROOT = Path(__file__).parents[2]

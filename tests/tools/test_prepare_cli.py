@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from footage import write_records
+from support.footage import write_records
 
 from refalign_jax.data.shards import ShardSource, read_manifest, verify
 

@@ -8,11 +8,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from runs import CACHE, recipe
+from support.runs import CACHE, recipe
 
+from refalign_jax.config import Config
+from refalign_jax.config.recipe import flat_fields
 from refalign_jax.flops import Shape, tokens
-from refalign_jax.preflight import flat_fields
-from refalign_jax.train_config import Config
 from tools.soak import Attempt, differences, survivors
 from tools.train import main, parse, read_recipe
 

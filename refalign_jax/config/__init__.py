@@ -1,0 +1,62 @@
+"""Every configuration, every default; imports no JAX, so that a command can refuse a mistake at once."""
+
+from refalign_jax.config.data import (
+    FIELDS,
+    MAX_TEXT_LENGTH,
+    AugmentConfig,
+    ComputeDtype,
+    DataConfig,
+    FloatStorage,
+    PrepareConfig,
+    Storage,
+    SyntheticConfig,
+)
+from refalign_jax.config.demo import DemoConfig
+from refalign_jax.config.model import (
+    AlignmentConfig,
+    AttentionKernel,
+    AttentionTiles,
+    DiTConfig,
+    DType,
+    FlowConfig,
+    ModelConfig,
+    RematPolicy,
+    wan_1_3b,
+    wan_14b,
+)
+from refalign_jax.config.recipe import flat_fields, from_dict, read_recipe
+from refalign_jax.config.sample import GenerateConfig, SamplingConfig
+from refalign_jax.config.train import Config, DropoutConfig, MeshConfig, OptimizerConfig, TrainConfig
+
+__all__ = [
+    "FIELDS",
+    "MAX_TEXT_LENGTH",
+    "AlignmentConfig",
+    "AttentionKernel",
+    "AttentionTiles",
+    "AugmentConfig",
+    "ComputeDtype",
+    "Config",
+    "DType",
+    "DataConfig",
+    "DemoConfig",
+    "DiTConfig",
+    "DropoutConfig",
+    "FloatStorage",
+    "FlowConfig",
+    "GenerateConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PrepareConfig",
+    "RematPolicy",
+    "SamplingConfig",
+    "Storage",
+    "SyntheticConfig",
+    "TrainConfig",
+    "flat_fields",
+    "from_dict",
+    "read_recipe",
+    "wan_1_3b",
+    "wan_14b",
+]

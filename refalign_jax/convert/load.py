@@ -1,0 +1,83 @@
+"""The parameters that a fresh run or a sampler starts from: random, another run's, or published ones."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from refalign_jax.config import ModelConfig
+from refalign_jax.convert.checkpoint import find_checkpoint, restore_params
+from refalign_jax.convert.dit import model_table
+from refalign_jax.convert.files import open_weights
+from refalign_jax.convert.infer import infer_config, infer_names
+from refalign_jax.convert.table import Stored, stored
+from refalign_jax.initial import random_params
+from refalign_jax.trees import flatten, unflatten
+from refalign_jax.types import Array, Params
+
+
+def initial_params(init: str, ema: bool, model: ModelConfig, shapes: Params, key: Array) -> tuple[dict[str, Any], str]:
+    """Parameters straight in their place on the devices, float32.
+
+    Args:
+      init: a checkpoint, a run's folder, published safetensors, or empty for random parameters.
+      ema: take the moving average of `init`.
+      model: what they must fit.
+      shapes: `jax.ShapeDtypeStruct`s with shardings.
+      key: for what is random.
+
+    Returns:
+      The parameters, and a sentence on where they are from. Projectors that `init` lacks are random.
+
+    Raises:
+      ValueError: `init` is neither, or holds another model: names and shapes are listed.
+    """
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    if not init:
+        params = jax.jit(lambda key: random_params(model, key), out_shardings=shardings)(key)
+        return params, "Parameters are random."
+    if _is_checkpoint(init):
+        params = restore_params(init, shapes, ema)
+    elif ema:
+        raise ValueError(f"train.init_ema: {init} is no training checkpoint, so it has no moving average.")
+    else:
+        params = _published(init, model, shapes)
+    said = f"Parameters are from {init}{', its moving average' if ema else ''}."
+    if "projectors" in shapes and "projectors" not in params:
+        fresh = jax.jit(lambda key: random_params(model, key)["projectors"], out_shardings=shardings["projectors"])
+        params["projectors"] = fresh(key)
+        said += " It has no projectors; those are random."
+    return params, said
+
+
+def _is_checkpoint(path: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(find_checkpoint(path))
+    return False
+
+
+def _published(weights: str, model: ModelConfig, shapes: Params) -> dict[str, Any]:
+    """Reads published safetensors, each process only what its devices hold; refuses those of another model."""
+    opened = open_weights(weights)
+    _, has_projectors = infer_config(opened.shapes, opened.source, model.dit.num_heads)
+    if "projectors" not in shapes:  # a model without alignment has no use for them
+        has_projectors = False
+        kept = {name: shape for name, shape in opened.shapes.items() if ".input_" not in name}
+        opened = dataclasses.replace(opened, shapes=kept)
+    wanted = dict(shapes) if has_projectors else {"dit": shapes["dit"]}
+    table = model_table(model.dit, model.alignment if has_projectors else None, infer_names(opened.shapes))
+    return unflatten(
+        {path: _place(flatten(wanted)[path], leaf) for path, leaf in flatten(stored(table, wanted, opened)).items()}
+    )
+
+
+def _place(target: jax.ShapeDtypeStruct, leaf: Stored) -> Array:
+    """Reads one parameter onto the devices, block by block; done when it returns, so that the host holds no two."""
+    array = jax.make_array_from_callback(
+        target.shape, target.sharding, lambda index: np.asarray(leaf[index or ()], target.dtype)
+    )
+    return array.block_until_ready()

@@ -1,0 +1,221 @@
+"""The prepared example: what training reads of one clip, as arrays and as bytes.
+
+Bytes are one safetensors blob: a header of names, shapes and dtypes, then the raw arrays, and under the metadata key
+`example` a JSON of id, prompt and whatever else the source tells. Readable from every framework, without pickle.
+
+Arrays are stored in float32 or bfloat16. VFM targets may also be int8 with one scale a token, x̂ = s·q, s = max|x|/127,
+q = round(x/s): alignment compares directions alone, and rounding turns a Gaussian token of width 1,024 by an angle
+whose cosine is about 1 − 3e-5.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save
+
+from refalign_jax.config import FIELDS, MAX_TEXT_LENGTH, Storage
+from refalign_jax.convert.files import DTYPES
+from refalign_jax.types import Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Example:
+    """One training sample. R may be 0; text is unpadded.
+
+    Raises:
+      ValueError: the id is empty, or shapes disagree with each other.
+    """
+
+    id: str
+    """Unique in its dataset."""
+    prompt: str
+    """The caption that `text` embeds."""
+    video_latents: Float[np.ndarray, "F H W C"]
+    """Normalised latents of the video, unit variance about."""
+    reference_latents: Float[np.ndarray, "R H W C"]
+    """Normalised latents of each reference image, one latent frame each."""
+    subject_ids: Int[np.ndarray, " R"]
+    """int32 ≥ 0; two views of one subject carry the same number."""
+    text: Float[np.ndarray, "S text_width"]
+    """Embeddings of the prompt's tokens, without padding, S ≤ 512."""
+    vfm_features: Float[np.ndarray, "R P E"]
+    """VFM tokens of each reference on the grid (H/2, W/2), row-major: P = H/2·W/2."""
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Anything JSON holds: source, pixel sizes, frames, where the references were cut."""
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            raise ValueError("An example has an empty id; give each one a name that is unique in its dataset.")
+        check_shapes({name: getattr(self, name) for name in (*FIELDS, "subject_ids")}, self.id)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What every example of a dataset has in common, and the extremes of the rest."""
+
+    num_examples: int
+    video_latents: tuple[int, int, int, int]
+    """F, H, W, C."""
+    text_width: int
+    vfm_width: int
+    longest_text: int
+    """Tokens of the longest prompt."""
+    most_references: int
+    """References of the example that has most."""
+
+    @property
+    def vfm_tokens(self) -> int:
+        """P, tokens of one reference: H/2·W/2."""
+        return self.video_latents[1] // 2 * (self.video_latents[2] // 2)
+
+
+def check_shapes(arrays: Mapping[str, np.ndarray], id: str) -> None:
+    """Checks that an example's arrays fit each other.
+
+    Args:
+      arrays: the four of `FIELDS` and `subject_ids`, by name, of the shapes that `Example` lists.
+      id: the example's id, for the message.
+
+    Raises:
+      ValueError: a rank, size or dtype that does not fit, naming the field.
+    """
+    shapes = {name: tuple(array.shape) for name, array in arrays.items()}
+    if len(shapes["video_latents"]) != 4 or 0 in shapes["video_latents"]:
+        raise ValueError(f"Example {id}: video_latents has shape {shapes['video_latents']}; it must be [F, H, W, C].")
+    _, H, W, C = shapes["video_latents"]
+    if H % 2 or W % 2:
+        raise ValueError(f"Example {id}: video_latents has {H}x{W} latent pixels; both must be even (patch 2x2).")
+    ids = arrays["subject_ids"]
+    R = ids.size
+    if ids.ndim != 1 or ids.dtype != np.int32 or (R and ids.min() < 0):
+        raise ValueError(f"Example {id}: subject_ids is {ids.dtype} {ids.tolist()}; it must be int32 [R], 0 or more.")
+    if shapes["reference_latents"] != (R, H, W, C):
+        raise ValueError(
+            f"Example {id}: reference_latents has shape {shapes['reference_latents']}; with {R} subject ids and these "
+            f"video latents it must be {(R, H, W, C)}."
+        )
+    P = H // 2 * (W // 2)
+    vfm = shapes["vfm_features"]
+    if len(vfm) != 3 or vfm[:2] != (R, P) or not vfm[2]:
+        raise ValueError(f"Example {id}: vfm_features has shape {vfm}; it must be [R={R}, P={P}, E].")
+    text = shapes["text"]
+    if len(text) != 2 or not 1 <= text[0] <= MAX_TEXT_LENGTH or not text[1]:
+        raise ValueError(f"Example {id}: text has shape {text}; it must be [1 to {MAX_TEXT_LENGTH} tokens, width].")
+
+
+def quantize(
+    features: Float[np.ndarray, "*tokens E"],
+) -> tuple[Int[np.ndarray, "*tokens E"], Float[np.ndarray, "*tokens 1"]]:
+    """Rounds each token to int8 by a scale of its own.
+
+    Returns:
+      q: int8 in [-127, 127]; scales: float32, max|x|/127 of each token, 0 for a token of zeros.
+    """
+    values = np.asarray(features, np.float32)
+    scales = np.abs(values).max(-1, keepdims=True) / np.float32(127)
+    return np.rint(values / np.where(scales > 0, scales, 1)).astype(np.int8), scales
+
+
+def cosines(a: Float[np.ndarray, "*tokens E"], b: Float[np.ndarray, "*tokens E"]) -> Float[np.ndarray, " tokens"]:
+    """Cosine of each token of `a` to its counterpart in `b`, float32 in [-1, 1]; 1 where both are zero."""
+    a, b = (np.asarray(x, np.float32).reshape(-1, x.shape[-1]) for x in (a, b))
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    same = (norms == 0) & np.all(a == b, axis=-1)
+    return np.where(same, 1, np.sum(a * b, axis=-1) / np.where(norms > 0, norms, 1)).astype(np.float32)
+
+
+def encode(example: Example, storage: Storage) -> bytes:
+    """Writes an example as one safetensors blob.
+
+    Raises:
+      ValueError: a value that is not finite, or metadata that JSON does not hold.
+    """
+    arrays: dict[str, np.ndarray] = {"subject_ids": example.subject_ids}
+    for name in FIELDS:
+        values = getattr(example, name)
+        if not np.isfinite(values).all():
+            raise ValueError(f"Example {example.id}: {name} holds NaN or infinity; every value must be finite.")
+        kind = getattr(storage, name)
+        if kind == "int8":
+            arrays[name], arrays["vfm_scales"] = quantize(values)
+        else:
+            arrays[name] = np.ascontiguousarray(values, ml_dtypes.bfloat16 if kind == "bfloat16" else np.float32)
+    try:
+        about = json.dumps({"id": example.id, "prompt": example.prompt, "metadata": dict(example.metadata)})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Example {example.id}: its metadata is not JSON: {error}.") from error
+    return save(arrays, {"example": about})
+
+
+def parse(blob: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads a blob without copying: the arrays are read-only views of it, in their stored dtypes.
+
+    `safetensors.numpy` copies every array and refuses bfloat16, hence these lines.
+
+    Returns:
+      arrays: `FIELDS`, `subject_ids`, and `vfm_scales` where the targets are int8; about: id, prompt, metadata.
+
+    Raises:
+      ValueError: not a prepared example, or one whose shapes disagree.
+    """
+    try:
+        (length,) = struct.unpack_from("<Q", blob)
+        header = json.loads(blob[8 : 8 + length])
+        about = json.loads(header.pop("__metadata__")["example"])
+        arrays = {}
+        for name, tensor in header.items():
+            begin, end = tensor["data_offsets"]
+            dtype, count = DTYPES[tensor["dtype"]], math.prod(tensor["shape"])
+            if end - begin != count * dtype.itemsize:
+                raise ValueError(f"{name} {tensor['shape']} has {end - begin} bytes")
+            arrays[name] = np.frombuffer(blob, dtype, count, 8 + length + begin).reshape(tensor["shape"])
+        about["id"], about["prompt"], about["metadata"]
+        check_shapes(arrays, about["id"])
+    except (struct.error, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{len(blob)} bytes are not a prepared example: {error or type(error).__name__}") from error
+    return arrays, about
+
+
+def fill(out: np.ndarray, arrays: Mapping[str, np.ndarray], name: str) -> None:
+    """Copies one field into `out`, cast to its dtype and, for int8 targets, scaled back.
+
+    Args:
+      out: float32 or the stored dtype; the first rows of the field, as many as `out` has, are copied.
+      arrays: what `parse` returns.
+      name: one of `FIELDS`.
+    """
+    values = arrays[name][: len(out)]
+    if values.dtype == np.int8:
+        np.multiply(values, arrays["vfm_scales"][: len(out)], out=out)
+    else:
+        out[...] = values
+
+
+def decode(blob: bytes) -> Example:
+    """Reads an example back; floating-point fields in float32.
+
+    Raises:
+      ValueError: not a prepared example.
+    """
+    arrays, about = parse(blob)
+    values = {name: np.empty(arrays[name].shape, np.float32) for name in FIELDS}
+    for name, out in values.items():
+        fill(out, arrays, name)
+    return Example(
+        id=about["id"],
+        prompt=about["prompt"],
+        metadata=about["metadata"],
+        subject_ids=arrays["subject_ids"],
+        video_latents=values["video_latents"],
+        reference_latents=values["reference_latents"],
+        text=values["text"],
+        vfm_features=values["vfm_features"],
+    )

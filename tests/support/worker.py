@@ -1,0 +1,53 @@
+"""One of several processes of the runs in test_many_processes.py; not a test."""
+
+import argparse
+import dataclasses
+import logging
+import time
+from pathlib import Path
+
+from refalign_jax.config import Config
+from refalign_jax.sharding import make_mesh
+from refalign_jax.trainer import loop as training
+from refalign_jax.trainer.checkpoint import Checkpoints
+from refalign_jax.trainer.state import begin, save
+from support.runs import recipe
+
+
+def many(folder: Path) -> Config:
+    """The small recipe, without previews and held-out losses, whose programs would have to be compiled too."""
+    return recipe(folder, preview_every=0, held_out_every=0)
+
+
+def copy(config: Config, source: Path, target: Path) -> None:
+    """Restores the newest of the checkpoints in a folder and saves it in another."""
+    with Checkpoints(source, 1) as checkpoints:
+        state, position = begin(config, make_mesh(config.mesh), checkpoints)
+    with Checkpoints(target, 1) as checkpoints:
+        save(state, position or {}, config, {}, checkpoints)
+
+
+def main() -> None:
+    """Trains; then, if asked, restores another run's checkpoint and saves it again."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds before every step")
+    parser.add_argument("--copy", type=Path, nargs=2, default=None, help="folders of checkpoints, from and to")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    as_batch = training.as_batch
+
+    def slowly(*inputs):
+        time.sleep(arguments.pause)
+        return as_batch(*inputs)
+
+    training.as_batch = slowly
+    config = many(arguments.folder)
+    joined = dataclasses.replace(config.train, distributed=True)
+    training.train(dataclasses.replace(config, train=joined))
+    if arguments.copy:
+        copy(config, *arguments.copy)
+
+
+if __name__ == "__main__":
+    main()
