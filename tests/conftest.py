@@ -9,7 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight devices to shard over; and since tests compile much and compute little, LLVM optimises nothing.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 
-# One cache of compiled programs for the whole run and the next; keys hold program and versions, so it never grows stale.
+# One cache of compiled programs for all tests; its keys hold the program and the versions, so it never grows stale.
 cache = Path(tempfile.gettempdir()) / f"refalign_jax_{getpass.getuser()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -1,6 +1,4 @@
-"""Parameters in Orbax checkpoints: written, read as a whole or layer by layer, and restored straight into their place
-on the devices.
-"""
+"""Parameters in Orbax checkpoints: written, read as a whole or layer by layer, restored onto the devices."""
 
 from __future__ import annotations
 

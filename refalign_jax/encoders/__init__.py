@@ -1,0 +1,1 @@
+"""The frozen encoders that turn pixels and prompts into what the transformer trains on."""

@@ -1,0 +1,1 @@
+"""Compilation for absent accelerators, measurement on those that are there."""
