@@ -33,33 +33,13 @@ from refalign_jax.data.records import Record, Reference, Skipped, subject_ids
 from refalign_jax.data.references import prepare_reference
 from refalign_jax.data.shards import MANIFEST, Manifest, ShardWriter, read_manifest
 from refalign_jax.data.video import cut_out, probe, read_frames, read_image, read_mask, to_float
-from refalign_jax.encoders.open import (
-    FeatureEncoder,
-    TextEncoder,
-    VideoCodec,
-    open_feature_encoder,
-    open_text_encoder,
-    open_video_codec,
-)
+from refalign_jax.encoders.open import Encoders, open_encoders
 from refalign_jax.provenance import about
 
 SKIPPED = "skipped.jsonl"
 UNREADABLE_VIDEO = "the video can't be read"
 UNREADABLE_REFERENCE = "a reference can't be read"
 NOT_FINITE = "the encoders gave NaN or infinity"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Encoders:
-    """The three of them."""
-
-    video: VideoCodec
-    text: TextEncoder
-    vfm: FeatureEncoder
-
-    def describe(self) -> dict[str, dict[str, Any]]:
-        """What the manifest says of them."""
-        return {"video": self.video.describe(), "text": self.text.describe(), "vfm": self.vfm.describe()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,33 +52,6 @@ class Clip:
     subject_ids: np.ndarray
     """int32 [R]."""
     metadata: Mapping[str, Any]
-
-
-def open_encoders(config: PrepareConfig) -> Encoders:
-    """Opens the encoders that are chosen and checks that they fit each other and the size.
-
-    Raises:
-      ValueError: they don't, or a choice can't be opened.
-    """
-    runs: Any = {"compute_dtype": config.compute_dtype, "batch_size": config.batch_size}
-    video = open_video_codec(
-        config.vae, dct_stride=config.dct_stride, dct_channels=config.dct_channels, tile=config.tile, **runs
-    )
-    patch = 2 * video.stride
-    if config.height % patch or config.width % patch:
-        raise ValueError(
-            f"The size is {config.height}x{config.width}; with the codec's stride {video.stride} and the DiT's 2x2 "
-            f"patches both must be multiples of {patch}."
-        )
-    vfm = open_feature_encoder(config.vfm, patch_size=patch, **runs)
-    if vfm.patch_size != patch:
-        raise ValueError(
-            f"The VFM's patches are {vfm.patch_size} pixels, the codec's stride {video.stride}; its tokens meet the "
-            f"DiT's only with patches of {patch} pixels."
-        )
-    return Encoders(
-        video=video, text=open_text_encoder(config.text_encoder, word_width=config.word_width, **runs), vfm=vfm
-    )
 
 
 def load(record: Record, config: PrepareConfig) -> Clip | Skipped:

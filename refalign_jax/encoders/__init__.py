@@ -1,1 +1,1 @@
-"""The frozen encoders that turn pixels and prompts into what the transformer trains on."""
+"""The frozen encoders that turn pixels and prompts into what the transformer trains on: an interface, a file each."""

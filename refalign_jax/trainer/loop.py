@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 
 from refalign_jax.config import Config
 from refalign_jax.data.loader import BatchIterator, Source
-from refalign_jax.encoders.open import VideoCodec
+from refalign_jax.encoders.interface import VideoCodec
 from refalign_jax.initial import random_params
 from refalign_jax.provenance import about
 from refalign_jax.sharding import check_batch, check_heads, make_mesh, replicated

@@ -20,7 +20,8 @@ from refalign_jax.data.examples import Spec
 from refalign_jax.data.loader import BatchIterator, Source, make_loader
 from refalign_jax.data.shards import ShardSource
 from refalign_jax.data.synthetic import SyntheticSource
-from refalign_jax.encoders.open import VideoCodec, reopen_video_codec
+from refalign_jax.encoders.interface import VideoCodec
+from refalign_jax.encoders.open import reopen_video_codec
 from refalign_jax.types import Float
 
 FREE_TO_CHANGE = tuple(

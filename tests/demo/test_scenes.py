@@ -7,7 +7,7 @@ import pytest
 
 from refalign_jax.data.video import read_frames, read_image, to_float
 from refalign_jax.demo import scenes as demo
-from refalign_jax.encoders.stand_ins import DCTCodec
+from refalign_jax.encoders.dct import DCTCodec
 
 SCENES = demo.draw_scenes(200, seed=0)
 

@@ -7,7 +7,7 @@ import numpy as np
 from refalign_jax.data.video import to_float, to_pixels
 from refalign_jax.demo import scenes as demo
 from refalign_jax.demo import score
-from refalign_jax.encoders.stand_ins import DCTCodec
+from refalign_jax.encoders.dct import DCTCodec
 
 SCENES = demo.draw_scenes(40, seed=3)
 CODEC = DCTCodec(demo.CELL // 2, 32)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from support import runs, tiny
 
 from refalign_jax.data.video import probe
-from refalign_jax.encoders.stand_ins import DCTCodec
+from refalign_jax.encoders.dct import DCTCodec
 from refalign_jax.trainer.preview import write_preview
 
 

@@ -1,0 +1,108 @@
+"""UMT5 with its tokenizer as a `TextEncoder`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from refalign_jax.config import ComputeDtype
+from refalign_jax.convert.table import Tensors, to_ours
+from refalign_jax.convert.umt5 import umt5_names, umt5_table, untied
+from refalign_jax.encoders.network import device_batch, find_file, open_tensors, replicate
+from refalign_jax.models import umt5
+from refalign_jax.types import Float, Params
+
+
+class UMT5:
+    """UMT5's encoder; its sizes are those of the weights.
+
+    Args:
+      path: a folder with weights and tokenizer as Wan2.1 or diffusers publish it, or the file of weights.
+      compute_dtype: dtype of the matrix products.
+      batch_size: prompts a call, rounded up to a multiple of the devices.
+
+    Raises:
+      ValueError: a file that is not whole, or not this model's; or no tokenizer.
+    """
+
+    def __init__(self, path: Path, compute_dtype: ComputeDtype, batch_size: int) -> None:
+        weights = untied(open_tensors(find_file(path, ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder", "."))))
+        self._config = infer_umt5_config(weights, compute_dtype)
+        self.width = self._config.width
+        self._tokenizer = umt5.load_tokenizer(_tokenizer_folder(path))
+        self._params = replicate(load_umt5(self._config, weights))
+        self._batch_size, self._path = batch_size, path
+
+    def describe(self) -> dict[str, Any]:
+        """Returns JSON that identifies the encoder."""
+        dtype = self._config.compute_dtype
+        return {"name": "umt5", "path": str(self._path), "width": self.width, "compute_dtype": dtype}
+
+    def encode(self, prompts: Sequence[str]) -> list[Float[np.ndarray, "S width"]]:
+        """Embeds prompts as `TextEncoder.encode` specifies; the last row is the end token's."""
+        size, sharding = device_batch(self._batch_size)
+        rows: list[np.ndarray] = []
+        for start in range(0, len(prompts), size):
+            part = list(prompts[start : start + size])
+            padded = part + [""] * (size - len(part))
+            embeddings, lengths = umt5.encode_prompts(
+                self._params, padded, self._tokenizer, self._config, sharding=sharding
+            )
+            rows += [row[:length] for row, length in zip(np.asarray(embeddings), lengths, strict=True)][: len(part)]
+        return rows
+
+
+def infer_umt5_config(weights: Tensors, compute_dtype: ComputeDtype) -> umt5.UMT5Config:
+    """Infers the sizes from the shapes of the first block and the number of blocks.
+
+    Args:
+      weights: as `convert.umt5.untied` returns them.
+      compute_dtype: dtype of the matrix products.
+
+    Raises:
+      ValueError: the weights are not this model's.
+    """
+    names = umt5_names(weights.shapes)
+    table = umt5_table(umt5.UMT5Config(num_layers=1), names)
+    first = {entry.path: weights.shapes.get(entry.names[0]) for entry in table}
+    lacking = [path for path, shape in first.items() if shape is None]
+    if lacking:
+        raise ValueError(f"{weights.source} does not hold a UMT5 encoder: it lacks {lacking[0]} under either name.")
+    shapes = {path: shape for path, shape in first.items() if shape is not None}
+    buckets, heads = shapes["blocks/position_bias"]
+    return umt5.UMT5Config(
+        vocab_size=shapes["token_embedding"][0],
+        width=shapes["token_embedding"][1],
+        attention_width=shapes["blocks/query/kernel"][0],
+        ffn_width=shapes["blocks/ffn_in/kernel"][0],
+        num_heads=heads,
+        num_layers=sum(table[-1].name.format(i=i) in weights.shapes for i in range(1000)),
+        num_buckets=buckets,
+        compute_dtype=compute_dtype,
+    )
+
+
+def load_umt5(config: umt5.UMT5Config, weights: Tensors) -> Params:
+    """Reads the parameters as numpy arrays, from Wan2.1's names or transformers'.
+
+    Raises:
+      ValueError: tensors that are missing, extra or misshapen, listed with their shapes.
+    """
+    names = umt5_names(weights.shapes)
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    shapes = jax.eval_shape(umt5.UMT5Encoder(config).init, jax.random.key(0), tokens, tokens)["params"]
+    return to_ours(umt5_table(config, names), shapes, untied(weights))
+
+
+def _tokenizer_folder(path: Path) -> Path:
+    """Finds the tokenizer of UMT5's folder or file: in the folder, in one of its folders, or beside it."""
+    folder = path if path.is_dir() else path.parent
+    for place in (folder / "google" / "umt5-xxl", folder / "tokenizer", folder, folder.parent / "tokenizer"):
+        if any((place / name).is_file() for name in ("tokenizer.json", "spiece.model", "tokenizer_config.json")):
+            return place
+    raise ValueError(f"{path} has no tokenizer; put tokenizer.json or spiece.model into {folder / 'tokenizer'}.")
