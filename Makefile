@@ -33,7 +33,7 @@ parity: $(VENV)/.parity
 
 # With the TPU's compiler, which needs no TPU.
 ahead: $(VENV)/.ahead
-	$(BIN)/pytest tests/test_ahead.py
+	$(BIN)/pytest tests/perf/test_ahead.py
 
 # A small model learns photographs on the CPU and is asked for them; ends by naming its report. Stopped, it goes on.
 # Memory in huge pages: without them a third of a step goes into page faults.

@@ -7,12 +7,11 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.places import ROOT, TESTS, environment
 
 from refalign_jax.config import Config, MeshConfig, ModelConfig, wan_14b
 from refalign_jax.initial import model_shapes
@@ -20,14 +19,13 @@ from refalign_jax.perf import hlo
 from refalign_jax.perf.ahead import _needed, candidates, parameter_table, ranked, summary, table
 from refalign_jax.trees import count
 
-ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, str(ROOT / "tools/compile.py"), "--config", str(ROOT / "tests/ahead_recipe.py")]
+COMMAND = [sys.executable, str(ROOT / "tools/compile.py"), "--config", str(TESTS / "support/ahead_recipe.py")]
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=environment, check=False)
+    variables = {name: value for name, value in environment().items() if name != "XLA_FLAGS"}
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=variables, check=False)
 
 
 @pytest.fixture(scope="module")

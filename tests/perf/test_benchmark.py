@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from support.places import ROOT
 from support.runs import recipe
 
 from refalign_jax import flops
@@ -14,7 +15,7 @@ from refalign_jax.perf import benchmark, gpu_check
 from refalign_jax.perf.benchmark import Plan, attention_difference, by_scope, phase_of, scope_of
 from tools import benchmark as command
 
-TINY = str(Path(__file__).parents[1] / "configs/tiny.py")
+TINY = str(ROOT / "configs/tiny.py")
 FEW = Plan(warmup=1, steps=2, repeats=2, profile=1)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import tiny
-from support.pair import TESTS, Pair
+from support.pair import Pair
+from support.places import WORKER
 from support.worker import copy, many
 
 from refalign_jax.convert.checkpoint import ARRAYS, find_checkpoint, load_params, read_arrays, read_json
@@ -45,7 +46,7 @@ def two(one, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("two")
     copied = ["--copy", str(one / "checkpoints"), str(folder / "copy/checkpoints")]
-    pair = Pair(folder, str(TESTS / "worker.py"), str(folder), "--pause", "0.5", *copied)
+    pair = Pair(folder, str(WORKER), str(folder), "--pause", "0.5", *copied)
     metrics, until = folder / "metrics.jsonl", time.monotonic() + 500
     while not (metrics.exists() and read_metrics(metrics)) and time.monotonic() < until:
         time.sleep(0.05)
