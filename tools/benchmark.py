@@ -17,9 +17,8 @@ import jax
 import tyro
 
 from refalign_jax.command import _exit
-from refalign_jax.config import Config, DataConfig, SamplingConfig, SyntheticConfig, read_recipe
+from refalign_jax.config import Config, DataConfig, Mode, Plan, SamplingConfig, SyntheticConfig, read_recipe
 from refalign_jax.perf import benchmark, gpu_check
-from refalign_jax.perf.benchmark import Mode, Plan
 from refalign_jax.provenance import about
 
 ROOT = Path(__file__).parents[1]

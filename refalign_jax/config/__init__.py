@@ -1,5 +1,6 @@
 """Every configuration, every default; imports no JAX, so that a command can refuse a mistake at once."""
 
+from refalign_jax.config.benchmark import Mode, Plan
 from refalign_jax.config.data import (
     FIELDS,
     MAX_TEXT_LENGTH,
@@ -24,13 +25,14 @@ from refalign_jax.config.model import (
     wan_1_3b,
     wan_14b,
 )
-from refalign_jax.config.recipe import flat_fields, from_dict, read_recipe
+from refalign_jax.config.recipe import RECIPES, find_recipe, flat_fields, from_dict, read_recipe, without_data
 from refalign_jax.config.sample import GenerateConfig, SamplingConfig
 from refalign_jax.config.train import Config, DropoutConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
     "FIELDS",
     "MAX_TEXT_LENGTH",
+    "RECIPES",
     "AlignmentConfig",
     "AttentionKernel",
     "AttentionTiles",
@@ -46,17 +48,21 @@ __all__ = [
     "FlowConfig",
     "GenerateConfig",
     "MeshConfig",
+    "Mode",
     "ModelConfig",
     "OptimizerConfig",
+    "Plan",
     "PrepareConfig",
     "RematPolicy",
     "SamplingConfig",
     "Storage",
     "SyntheticConfig",
     "TrainConfig",
+    "find_recipe",
     "flat_fields",
     "from_dict",
     "read_recipe",
     "wan_1_3b",
     "wan_14b",
+    "without_data",
 ]

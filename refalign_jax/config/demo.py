@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from refalign_jax.config.checks import check_range, check_values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Of what size the demo is."""
+    """The size of the demo."""
 
     folder: Path = Path("runs/demo")
-    """Everything that it writes."""
+    """Folder of everything that the demo writes."""
     clips: int = 2048
-    """Clips, the last `data.held_out` of them held out from training."""
+    """Number of clips; the last `data.held_out` of them are held out from training."""
     samples: int = 64
     """Held-out captions that are sampled, at most `data.held_out`."""
     seeds: int = 3
     """Pairs of runs in the comparison."""
-    steps: int | None = None
-    """Of training; None, as many as the recipe says."""
+    steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the recipe's)")] = None
+    """Steps of training."""
 
     def __post_init__(self) -> None:
         """Refuses a demo of nothing."""
-        for name in ("clips", "samples", "seeds", "steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        check_values(self)
+        check_range(self, "clips", "samples", "seeds", "steps", least=1)

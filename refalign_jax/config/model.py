@@ -1,4 +1,4 @@
-"""Every configuration, every default; imports no JAX, so that a command can refuse a mistake at once.
+"""Configuration of the model: the transformer, its alignment loss and its flow.
 
 Defaults are RefAlign-1.3B at the paper's training shape. Numbers without a remark are the published ones.
 """
@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import field
 from typing import Literal
 
-from refalign_jax.config.checks import check_choice, check_positive
+from refalign_jax.config.checks import check_range, check_values
 
 DType = Literal["float32", "bfloat16"]
 RematPolicy = Literal["none", "dots", "narrow", "attention", "full"]
@@ -21,15 +21,15 @@ class AttentionTiles:
     """Tiles of the splash kernel, in tokens; a sequence shorter than a tile takes a smaller one.
 
     Attributes:
-      q: queries of a tile in the forward pass.
-      kv: keys and values that are fetched together.
-      kv_compute: of those, how many are computed together; divides `kv`.
-      backward_q: queries of a tile in the backward pass.
-      backward_kv: keys and values of a tile in the backward pass.
-      backward_kv_compute: of those, how many are computed together; divides `backward_kv`.
-      fused_backward: one backward kernel of five products a tile in place of two with seven; it needs memory for a
-        partial query gradient from every tile of keys, T / backward_kv times the queries: in 16 bits, at 37,440 tokens
-        and 10 heads on a device, 3.3 GiB.
+      q: Queries per tile in the forward pass.
+      kv: Keys and values that are fetched together.
+      kv_compute: Keys and values that are computed together; divides `kv`.
+      backward_q: Queries per tile in the backward pass.
+      backward_kv: Keys and values per tile in the backward pass.
+      backward_kv_compute: Keys and values that are computed together in the backward pass; divides `backward_kv`.
+      fused_backward: Use one backward kernel with five products per tile in place of two kernels with seven. It needs
+        memory for a partial query gradient from every tile of keys, T / backward_kv times the queries: in 16 bits, at
+        37,440 tokens and 10 heads per device, 3.3 GiB.
     """
 
     q: int = 1024
@@ -41,7 +41,8 @@ class AttentionTiles:
     fused_backward: bool = True
 
     def __post_init__(self) -> None:
-        """Refuses tiles that no TPU has, or that don't divide each other."""
+        """Refuses tiles that no TPU has, or that do not divide each other."""
+        check_values(self)
         for name in ("q", "kv", "kv_compute", "backward_q", "backward_kv", "backward_kv_compute"):
             value = getattr(self, name)
             if value < 128 or value & (value - 1):
@@ -56,26 +57,27 @@ class DiTConfig:
     """The diffusion transformer: Wan2.1 T2V with a reference branch.
 
     Attributes:
-      width: D, of the residual stream.
-      num_layers: transformer blocks.
-      num_heads: N; the head width is D / N.
-      ffn_width: hidden width of the feed-forward network.
-      text_width: width of the text encoder's embeddings.
-      frequency_width: of the sinusoid that encodes t.
-      latent_channels: C, in and out.
-      patch_size: latent frames, rows and columns in one token; a token never spans frames, since a reference has one.
-      eps: of every norm.
-      rope_theta: base of the rotary frequencies.
-      max_position: rotary positions reach from 0 to this, exclusive, on each axis.
-      compute_dtype: of matmuls and what they read and write; norms, softmax, RoPE, time and head stay float32.
-      residual_dtype: of the stream that the blocks add to. float32, as in Wan2.1's code, halves bfloat16's error; in
-        bfloat16 the stream, which is most of what remat keeps, takes half the memory.
-      attention: kernel; in bfloat16 `auto` is splash on TPUs and cuDNN on NVIDIA; else XLA.
-      tiles: of the splash kernel.
-      remat: what a block keeps for the backward pass beside its input: `none` recomputes nothing, `dots` keeps the
-        outputs of linear layers and of attention, `narrow` those without the hidden layer of the feed-forward network,
-        `attention` attention's alone, `full` nothing.
-      offload: the blocks' inputs wait for the backward pass in the host's memory.
+      width: D, the width of the residual stream.
+      num_layers: Number of transformer blocks.
+      num_heads: N, the attention heads; the head width is D / N.
+      ffn_width: Hidden width of the feed-forward network.
+      text_width: Width of the text encoder's embeddings.
+      frequency_width: Width of the sinusoidal encoding of t.
+      latent_channels: C, the latent channels, in and out.
+      patch_size: Latent frames, rows and columns per token; a token never spans frames, since a reference has one.
+      eps: Epsilon of every norm.
+      rope_theta: Base of the rotary frequencies.
+      max_position: Rotary positions lie in [0, max_position) on each axis.
+      compute_dtype: dtype of matrix products, their inputs and outputs; norms, softmax, RoPE, time and head stay
+        float32.
+      residual_dtype: dtype of the residual stream. float32, as in Wan2.1's code, halves bfloat16's error; in bfloat16
+        the stream, which is most of what activation checkpointing retains, takes half the memory.
+      attention: Attention kernel. `auto` in bfloat16 is splash on TPUs and cuDNN on NVIDIA GPUs, otherwise XLA.
+      tiles: Tiles of the splash kernel.
+      remat: Activation checkpointing: what a block retains for the backward pass beside its input. `none` recomputes
+        nothing, `dots` retains the outputs of linear layers and of attention, `narrow` those without the hidden layer
+        of the feed-forward network, `attention` attention's output alone, `full` nothing.
+      offload: Keep the blocks' inputs in the host's memory until the backward pass.
     """
 
     width: int = 1536
@@ -98,8 +100,9 @@ class DiTConfig:
 
     def __post_init__(self) -> None:
         """Refuses sizes that no Wan transformer has, each with a sentence."""
-        for name in ("width", "num_layers", "num_heads", "ffn_width", "text_width", "latent_channels", "max_position"):
-            check_positive(self, name)
+        check_values(self)
+        check_range(self, "width", "num_layers", "num_heads", "ffn_width", "text_width", "latent_channels", above=0)
+        check_range(self, "max_position", "eps", "rope_theta", above=0)
         if self.width % self.num_heads:
             raise ValueError(
                 f"DiTConfig.width={self.width} is not divisible by num_heads={self.num_heads}; "
@@ -115,15 +118,11 @@ class DiTConfig:
             raise ValueError(
                 f"DiTConfig.frequency_width={self.frequency_width} must be even: half cosines, half sines."
             )
-        if len(self.patch_size) != 3 or min(self.patch_size) < 1 or self.patch_size[0] != 1:
+        if min(self.patch_size) < 1 or self.patch_size[0] != 1:
             raise ValueError(
                 f"DiTConfig.patch_size={self.patch_size} must be (1, rows, columns): a reference is a single frame, so "
-                "a token can't span several."
+                "a token cannot span several."
             )
-        check_choice(self, "compute_dtype", DType)
-        check_choice(self, "residual_dtype", DType)
-        check_choice(self, "attention", AttentionKernel)
-        check_choice(self, "remat", RematPolicy)
         if self.offload and self.remat == "none":
             raise ValueError("DiTConfig.offload needs a remat policy that recomputes: remat is 'none'.")
 
@@ -177,19 +176,19 @@ class AlignmentConfig:
     """The reference alignment loss.
 
     Attributes:
-      weight: λ of the sample total; 0 trains without alignment.
-      num_blocks: A; the outputs of blocks 0..A-1 are aligned.
-      vfm_width: E, of the targets: 1024 for DINOv3 ViT-L/16, 768 for ViT-B/16.
-      pull_weight: of L₊; 0 leaves the push alone.
-      push_weight: β, of L₋; 0 leaves the pull alone.
+      weight: λ, the weight of the alignment loss; 0 trains without alignment.
+      num_blocks: A, the number of aligned blocks: the outputs of blocks 0 to A-1.
+      vfm_width: E, the width of the VFM's features: 1024 for DINOv3 ViT-L/16, 768 for ViT-B/16.
+      pull_weight: Weight of L₊; 0 leaves the push alone.
+      push_weight: β, the weight of L₋; 0 leaves the pull alone.
       pull_margin: m₊; a cosine distance below it costs nothing.
       push_margin: m₋; a cosine distance above it costs nothing.
-      gate_power: exponent of g(t) = (t/1000)^power.
-      projector: `mlp` as published; `conv`, one 3x3 convolution over the token grid (iREPA, arXiv 2512.10794).
-      normalize_targets: iREPA's other half: targets lose their mean over the reference's tokens and are divided by
-        their standard deviation there, per channel.
-      target_mean_removed: share of that spatial mean that is removed.
-      stop_step: from this training step on the loss is not aligned (HASTE, arXiv 2505.16792); 0 means never.
+      gate_power: Exponent of g(t) = (t/1000)^power.
+      projector: `mlp` as published, or `conv`, one 3x3 convolution over the token grid (iREPA, arXiv 2512.10794).
+      normalize_targets: Subtract each channel's mean over the reference's tokens from the targets and divide by its
+        standard deviation there, as iREPA does.
+      target_mean_removed: Fraction of that mean that is subtracted.
+      stop_step: Training step from which on the alignment loss is left out (HASTE, arXiv 2505.16792); 0 for never.
     """
 
     weight: float = 1.0
@@ -207,21 +206,12 @@ class AlignmentConfig:
 
     def __post_init__(self) -> None:
         """Refuses values for which the loss has no meaning."""
-        for name in ("num_blocks", "vfm_width"):
-            check_positive(self, name)
-        for name in ("weight", "pull_weight", "push_weight", "gate_power", "stop_step"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"AlignmentConfig.{name}={getattr(self, name)} must not be negative; 0 turns it off.")
-        for name in ("pull_margin", "push_margin"):
-            if not 0 <= getattr(self, name) <= 2:
-                raise ValueError(
-                    f"AlignmentConfig.{name}={getattr(self, name)} is a cosine distance and must lie between 0 and 2."
-                )
-        if not 0 <= self.target_mean_removed <= 1:
-            raise ValueError(f"AlignmentConfig.target_mean_removed={self.target_mean_removed} is a share, from 0 to 1.")
-        if not 0 <= self.stop_step < 2**31:
-            raise ValueError(f"AlignmentConfig.stop_step={self.stop_step} must be a step below 2^31, or 0 for never.")
-        check_choice(self, "projector", Literal["mlp", "conv"])
+        check_values(self)
+        check_range(self, "num_blocks", "vfm_width", above=0)
+        check_range(self, "weight", "pull_weight", "push_weight", "gate_power", least=0)
+        check_range(self, "pull_margin", "push_margin", least=0, most=2)
+        check_range(self, "target_mean_removed", least=0, most=1)
+        check_range(self, "stop_step", least=0, below=2**31)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,8 +219,8 @@ class FlowConfig:
     """Flow matching.
 
     Attributes:
-      num_train_steps: length of the training schedule, from which the index is drawn uniformly.
-      shift: s of σ' = s·σ / (1 + (s-1)·σ).
+      num_train_steps: Length of the training schedule, from which the index is drawn uniformly.
+      shift: s in σ' = s·σ / (1 + (s-1)·σ).
     """
 
     num_train_steps: int = 1000
@@ -238,8 +228,8 @@ class FlowConfig:
 
     def __post_init__(self) -> None:
         """Refuses an empty schedule."""
-        check_positive(self, "num_train_steps")
-        check_positive(self, "shift")
+        check_values(self)
+        check_range(self, "num_train_steps", "shift", above=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

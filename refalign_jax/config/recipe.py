@@ -1,4 +1,7 @@
-"""Recipes: files under configs/ whose get_config() returns a run's configuration."""
+"""Recipes: Python files whose get_config() returns a run's configuration, such as those under configs/.
+
+A recipe is executed to be read: treat one from someone else as you treat any of their programs.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,42 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from refalign_jax.config.data import SyntheticConfig
 from refalign_jax.config.train import Config
 
+_PACKAGE = Path(__file__).parents[1]
+RECIPES = next(filter(Path.is_dir, (_PACKAGE / "configs", _PACKAGE.parent / "configs")), _PACKAGE / "configs")
+"""The recipes that come with the package: inside of it when it is installed, beside it in a clone."""
 
-def read_recipe(path: Path) -> Config:
-    """What a recipe's get_config() returns.
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a recipe, given by its path or, if it is one of `RECIPES`, by its bare name, such as tiny.
 
     Raises:
-      ValueError: no Python file with such a function.
+      ValueError: no such file, or not a Python file.
     """
+    path = Path(name)
+    shipped = RECIPES / f"{name}.py"
+    if not path.exists() and shipped.is_file():
+        return shipped
+    if not path.exists():
+        known = ", ".join(sorted(path.stem for path in RECIPES.glob("[!_]*.py")))
+        raise ValueError(f"The recipe {path} does not exist; name a Python file with get_config(), or one of {known}.")
     if path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"{path} is no recipe; name a Python file with get_config(), as under configs/.")
+        raise ValueError(f"{path} is not a recipe; name a Python file with get_config(), such as those under configs/.")
+    return path
+
+
+def read_recipe(name: str | Path) -> Config:
+    """Executes a recipe and returns what its get_config() returns.
+
+    Args:
+      name: as in `find_recipe`.
+
+    Raises:
+      ValueError: no such recipe, an error in it, or one that returns something else.
+    """
+    path = find_recipe(name)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -28,11 +56,22 @@ def read_recipe(path: Path) -> Config:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except (AttributeError, ImportError, SyntaxError, NameError, TypeError) as error:
-        raise ValueError(f"{path} is no recipe that can be read: {error}.") from error
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read as a recipe: {str(error).rstrip('.')}.") from error
     if not isinstance(config, Config):
         raise ValueError(f"{path}: get_config() returns {type(config).__name__}; it must return a Config.")
     return config
+
+
+def without_data(config: Config) -> Config:
+    """A recipe on synthetic examples, in the training shape unless it has its own, with nothing held out."""
+    synthetic = config.synthetic if config.synthetic.num_examples else SyntheticConfig(num_examples=64)
+    return dataclasses.replace(
+        config,
+        synthetic=synthetic,
+        data=dataclasses.replace(config.data, path="", held_out=0, num_workers=0),
+        train=dataclasses.replace(config.train, held_out_every=0, preview_every=0),
+    )
 
 
 Kind = TypeVar("Kind")

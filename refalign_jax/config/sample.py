@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
-from refalign_jax.config.checks import check_positive
+import tyro
+
+from refalign_jax.config.checks import check_num_frames, check_range, check_values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,12 +15,12 @@ class SamplingConfig:
     """Euler sampling with three-branch guidance.
 
     Attributes:
-      num_steps: N.
-      shift: of the sampling schedule, as in `FlowConfig`.
-      reference_guidance: s_ref.
-      text_guidance: s_text.
-      batched_guidance: run the three branches as one forward of three times the batch (faster where memory allows)
-        or one after the other.
+      num_steps: N, the number of Euler steps.
+      shift: Shift of the sampling schedule, as in `FlowConfig`.
+      reference_guidance: s_ref, the guidance scale of the references.
+      text_guidance: s_text, the guidance scale of the text.
+      batched_guidance: Run the three branches as one forward of three times the batch (faster where memory allows)
+        instead of one after the other.
     """
 
     num_steps: int = 50
@@ -29,40 +31,44 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Refuses an empty schedule."""
-        check_positive(self, "num_steps")
-        check_positive(self, "shift")
+        check_values(self)
+        check_range(self, "num_steps", "shift", above=0)
+
+
+DATASETS = "(default: the dataset's)"
+RUNS = "(default: the run's)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """How to sample; what is left at None is as the run has it, or its dataset."""
+    """How to sample; what is left at None is the run's, or its dataset's."""
 
-    dataset: str | None = None
-    """The prepared dataset whose manifest names encoders, size and length."""
-    vae: str | None = None
-    """`dct`, or the file or folder of Wan2.1's VAE, in place of the dataset's."""
-    text_encoder: str | None = None
-    """`words`, or the folder of UMT5 and its tokenizer, in place of the dataset's."""
-    height: int | None = None
+    dataset: Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint=RUNS)] = None
+    """Prepared dataset whose manifest names encoders, size and length."""
+    vae: Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint=DATASETS)] = None
+    """`dct`, or the file or folder of Wan2.1's VAE."""
+    text_encoder: Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint=DATASETS)] = None
+    """`words`, or the folder of UMT5 and its tokenizer."""
+    height: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=DATASETS)] = None
     """Rows of a video, pixels; without a dataset 480."""
-    width: int | None = None
+    width: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=DATASETS)] = None
     """Columns of a video, pixels; without a dataset 832."""
-    num_frames: int | None = None
+    num_frames: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=DATASETS)] = None
     """Frames of a video, 4k+1; without a dataset 81."""
     fps: float = 16.0
-    """Frames a second in the file."""
-    num_steps: int | None = None
-    """Euler steps."""
-    shift: float | None = None
-    """Of the schedule."""
-    reference_guidance: float | None = None
-    """s_ref."""
-    text_guidance: float | None = None
-    """s_text."""
+    """Frames per second in the file."""
+    num_steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=RUNS)] = None
+    """Number of Euler steps; of published weights 50."""
+    shift: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=RUNS)] = None
+    """Shift of the schedule; of published weights 5."""
+    reference_guidance: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=RUNS)] = None
+    """s_ref, the guidance scale of the references; of published weights 5."""
+    text_guidance: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=RUNS)] = None
+    """s_text, the guidance scale of the text; of published weights 7.5."""
     negative_prompt: str = ""
-    """What the guidance leads away from."""
+    """Prompt that the guidance leads away from."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     ema: bool = False
     """Sample from the moving average of the parameters."""
     batch_size: int = 1
@@ -70,15 +76,11 @@ class GenerateConfig:
     fsdp: int = 1
     """Devices over which the parameters are split."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
-    """In which the parameters are held; what they compute in is the model's."""
+    """dtype of the stored parameters; the dtype of the computation is the model's."""
 
     def __post_init__(self) -> None:
         """Refuses numbers that make no video."""
-        for name in ("height", "width", "num_frames", "fps", "batch_size", "fsdp"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} is {value}; it must be above 0.")
-        if self.num_frames is not None and self.num_frames % 4 != 1:
-            raise ValueError(f"num_frames is {self.num_frames}; it must be 4k+1, such as 81.")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must not be negative.")
+        check_values(self)
+        check_range(self, "height", "width", "num_frames", "fps", "batch_size", "fsdp", "num_steps", "shift", above=0)
+        check_range(self, "seed", least=0)
+        check_num_frames(self)

@@ -1,6 +1,6 @@
-"""Configuration of a training run: the model's, the data's, and everything else that a recipe under configs/ sets.
+"""Configuration of a training run: model, data, and everything else that a recipe sets.
 
-A recipe is a file with `get_config() -> Config`; tools/train.py overrides any field from the command line.
+A recipe is a Python file with `get_config() -> Config` (recipe.py); tools/train.py overrides any field of it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import field
 from typing import Literal
 
-from refalign_jax.config.checks import check_least
+from refalign_jax.config.checks import check_range, check_values
 from refalign_jax.config.data import DataConfig, SyntheticConfig
 from refalign_jax.config.model import ModelConfig
 from refalign_jax.config.sample import SamplingConfig
@@ -20,10 +20,10 @@ class MeshConfig:
     """How the devices are arranged; see sharding.py. The axes' product is the number of devices.
 
     Attributes:
-      data: copies of the model that share the batch; 0, all devices that the other axes leave.
-      fsdp: devices over which batch, parameters, EMA and optimizer state are split.
-      context: devices over which the tokens of a sample are split, and the state as well.
-      tensor: devices over which heads and hidden widths are split; context times tensor divides the heads.
+      data: Copies of the model that share the batch; 0 for all devices that the other axes leave.
+      fsdp: Devices over which batch, parameters, EMA and optimizer state are split.
+      context: Devices over which the tokens of a sample are split, and the state as well.
+      tensor: Devices over which heads and hidden widths are split; context times tensor divides the heads.
       slices: TPU slices (or nodes without a fast link between them), over which the data axis is laid.
     """
 
@@ -35,21 +35,20 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         """Refuses empty axes."""
-        if self.data < 0:
-            raise ValueError(f"MeshConfig.data={self.data} must be at least 0, which takes what is left.")
-        for name in ("fsdp", "context", "tensor", "slices"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"MeshConfig.{name}={getattr(self, name)} must be at least 1.")
+        check_values(self)
+        check_range(self, "data", least=0)
+        check_range(self, "fsdp", "context", "tensor", "slices", least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DropoutConfig:
-    """Conditioning dropout: the share of samples that lose their text, their references, or both.
+    """Conditioning dropout: the fraction of samples that lose their text, their references, or both.
 
     Attributes:
-      text: loses its text alone, which becomes the embedding of the empty prompt.
-      references: loses its references alone, which become as many frames of zero latents, and its alignment loss.
-      both: loses both.
+      text: Fraction that loses its text alone, which becomes the embedding of the empty prompt.
+      references: Fraction that loses its references alone, which become as many frames of zero latents, and its
+        alignment loss.
+      both: Fraction that loses both.
     """
 
     text: float = 0.1
@@ -57,10 +56,12 @@ class DropoutConfig:
     both: float = 0.1
 
     def __post_init__(self) -> None:
-        """Refuses shares that are none."""
-        shares = (self.text, self.references, self.both)
-        if min(shares) < 0 or sum(shares) > 1:
-            raise ValueError(f"DropoutConfig: text, references, both = {shares} are shares; none is below 0, sum ≤ 1.")
+        """Refuses fractions that are negative or sum to more than 1."""
+        check_values(self)
+        check_range(self, "text", "references", "both", least=0)
+        fractions = (self.text, self.references, self.both)
+        if sum(fractions) > 1:
+            raise ValueError(f"DropoutConfig: text, references, both = {fractions} must sum to at most 1.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,18 +69,18 @@ class OptimizerConfig:
     """AdamW, its schedule, and what surrounds it.
 
     Attributes:
-      learning_rate: peak of the schedule.
-      schedule: `constant`, or `cosine` from the peak to `final_share` of it at `train.steps`.
-      warmup_steps: the first steps, over which the rate rises linearly; 0 starts at the peak.
-      final_share: of the peak, where a cosine ends.
-      beta1: decay of the first moment.
-      beta2: decay of the second moment.
-      eps: beside the root of the second moment.
-      weight_decay: decoupled, of every trained parameter, as torch's AdamW has it.
-      clip: largest global norm of the gradient; 0 doesn't clip.
-      accumulation: parts a batch is computed in, one after the other; the gradient is that of the whole batch.
-      ema_decay: of the exponential moving average of the parameters; 0 keeps none.
-      freeze: patterns (as of file names) of parameters that stay as they are, such as `dit/blocks/ffn/*`.
+      learning_rate: Peak of the schedule.
+      schedule: `constant`, or `cosine` from the peak to `final_share` times the peak at `train.steps`.
+      warmup_steps: First steps, over which the rate rises linearly; 0 starts at the peak.
+      final_share: Fraction of the peak at which a cosine ends.
+      beta1: Decay of the first moment.
+      beta2: Decay of the second moment.
+      eps: Added to the root of the second moment.
+      weight_decay: Decoupled weight decay of every trained parameter, as in torch's AdamW.
+      clip: Largest global norm of the gradient; 0 does not clip.
+      accumulation: Parts in which a batch is computed, one after the other; the gradient is that of the whole batch.
+      ema_decay: Decay of the exponential moving average of the parameters; 0 keeps none.
+      freeze: Patterns, as for file names, of parameters that are not trained, such as `dit/blocks/ffn/*`.
     """
 
     learning_rate: float = 5e-5
@@ -97,19 +98,12 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         """Refuses numbers with which AdamW or its schedule has no meaning."""
-        if not self.learning_rate > 0 or not self.eps > 0:
-            raise ValueError(
-                f"OptimizerConfig: learning_rate={self.learning_rate} and eps={self.eps} must both be positive."
-            )
-        for name in ("beta1", "beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"OptimizerConfig.{name}={getattr(self, name)} must be at least 0 and below 1.")
-        if not 0 <= self.final_share <= 1:
-            raise ValueError(f"OptimizerConfig.final_share={self.final_share} is a share, from 0 to 1.")
-        check_least(self, 0, "warmup_steps", "weight_decay", "clip")
-        check_least(self, 1, "accumulation")
-        if self.schedule not in ("constant", "cosine"):
-            raise ValueError(f"OptimizerConfig.schedule={self.schedule!r} is unknown; choose constant or cosine.")
+        check_values(self)
+        check_range(self, "learning_rate", "eps", above=0)
+        check_range(self, "beta1", "beta2", "ema_decay", least=0, below=1)
+        check_range(self, "final_share", least=0, most=1)
+        check_range(self, "warmup_steps", "weight_decay", "clip", least=0)
+        check_range(self, "accumulation", least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,28 +111,30 @@ class TrainConfig:
     """The run: where it writes, from what it starts, how long it goes and what it does on the way.
 
     Attributes:
-      folder: local folder of the run: resolved config, metrics.jsonl, TensorBoard, previews, profile. A run that
-        finds checkpoints goes on from the newest.
-      checkpoint_folder: where checkpoints go, local or gs://, seen by every host; empty, `folder`/checkpoints.
-      steps: of the whole run.
-      seed: of initial parameters, noise, times and dropout; the order of examples has `data.shuffle_seed`.
-      init: what a fresh run starts from: a checkpoint of parameters, the folder of another run or one of its
-        checkpoints, or published safetensors; empty, random parameters.
-      init_ema: start from the EMA of `init` where that is a training checkpoint.
-      save_every: steps between checkpoints; the last step is always saved.
-      keep: newest checkpoints that are kept.
-      max_skipped: batches in a row whose loss or gradient is not finite and that are skipped before the run stops.
-      held_out_every: steps between held-out losses, at fixed noise and times, over `data.held_out` examples; 0, never.
-      preview_every: steps between previews sampled from the held-out examples; 0, never.
-      previews: how many of them.
-      profile_start: steps after the start at which the profiler's window opens.
-      profile_steps: its length; 0, no profile.
-      compilation_cache: folder where compiled programs are kept between runs; empty, nowhere.
-      peak_tflops: of one device, for MFU; 0, known by the device's name.
-      distributed: join other processes through jax.distributed, usually one a host; see `refalign_jax.distributed`.
-      lost_after_seconds: of silence, after which another process counts as lost and this one ends; JAX's own default.
-      stalled_after_seconds: without a finished step, after which a process ends, telling where it is; 0, never. An
-        hour is more than compiling, a preview or a checkpoint should take.
+      folder: Local folder of the run: resolved config, metrics.jsonl, TensorBoard, previews, profile. A run that
+        finds checkpoints continues from the newest.
+      checkpoint_folder: Folder of the checkpoints, local or gs://, seen by every host; empty for `folder`/checkpoints.
+      steps: Steps of the whole run.
+      seed: Seed of initial parameters, noise, times and dropout; `data.shuffle_seed` is that of the order of examples.
+      init: What a fresh run starts from: a checkpoint of parameters, the folder of another run or one of its
+        checkpoints, or published safetensors; empty for random parameters.
+      init_ema: Start from the EMA of `init` where that is a training checkpoint.
+      save_every: Steps between checkpoints; the last step is always saved.
+      keep: Number of newest checkpoints that are kept.
+      max_skipped: Consecutive batches with a loss or gradient that is not finite that are skipped before the run stops.
+      held_out_every: Steps between held-out losses, at fixed noise and times, over `data.held_out` examples; 0 for
+        never.
+      preview_every: Steps between previews sampled from the held-out examples; 0 for never.
+      previews: Number of previews.
+      profile_start: Steps from the start of this process to the start of the profile.
+      profile_steps: Steps that are profiled; 0 for none.
+      compilation_cache: Folder in which compiled programs are kept between runs; empty for none.
+      peak_tflops: Peak TFLOP/s of one device, for MFU; 0 to look it up by the device's name.
+      distributed: Join other processes through jax.distributed, usually one per host; see trainer/distributed.py.
+      lost_after_seconds: Seconds of silence after which another process counts as lost and this one ends; JAX's own
+        default.
+      stalled_after_seconds: Seconds without a finished step after which a process ends and prints where it is; 0 for
+        never. An hour is more than compiling, a preview or a checkpoint should take.
     """
 
     folder: str = ""
@@ -162,13 +158,12 @@ class TrainConfig:
     stalled_after_seconds: float = 3600.0
 
     def __post_init__(self) -> None:
-        """Refuses counts below their least."""
-        check_least(self, 1, "steps", "save_every", "keep", "previews")
-        check_least(self, 0, "max_skipped", "held_out_every", "preview_every", "profile_start", "profile_steps")
-        check_least(self, 0, "peak_tflops", "seed", "stalled_after_seconds")
-        check_least(self, 1, "lost_after_seconds")
-        if self.seed >= 2**32:
-            raise ValueError(f"TrainConfig.seed={self.seed} must be below 2^32.")
+        """Refuses counts that are too small, and a folder that is not local."""
+        check_values(self)
+        check_range(self, "steps", "save_every", "keep", "previews", "lost_after_seconds", least=1)
+        check_range(self, "max_skipped", "held_out_every", "preview_every", "profile_start", "profile_steps", least=0)
+        check_range(self, "peak_tflops", "stalled_after_seconds", least=0)
+        check_range(self, "seed", least=0, below=2**32)
         if "://" in self.folder:
             raise ValueError(
                 f"TrainConfig.folder={self.folder!r} must be local, since its files are appended to; checkpoints alone "

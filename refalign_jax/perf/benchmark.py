@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from refalign_jax import flops
-from refalign_jax.config import AttentionKernel, Config
+from refalign_jax.config import AttentionKernel, Config, Mode, Plan
 from refalign_jax.data.loader import make_loader
 from refalign_jax.devices import peak_flops
 from refalign_jax.initial import random_params
@@ -44,8 +44,6 @@ from refalign_jax.trainer.preflight import example_shape
 from refalign_jax.trainer.state import init_state, state_shapes
 from refalign_jax.trainer.step import as_batch, compile_step
 from refalign_jax.types import Array, Float
-
-Mode = Literal["train", "sample"]
 
 SCOPES: tuple[tuple[str, str], ...] = (
     ("optimizer", "optimizer"),
@@ -61,28 +59,6 @@ SCOPES: tuple[tuple[str, str], ...] = (
 
 CONTAINERS = ("while", "conditional", "call")
 """Instructions whose time is that of others."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How often is measured.
-
-    Attributes:
-      warmup: steps before each timing.
-      steps: that are timed together.
-      repeats: timings of each setting, in turns.
-      profile: steps in the profile that time by operation is read from; 0, none.
-    """
-
-    warmup: int = 1
-    steps: int = 3
-    repeats: int = 3
-    profile: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuses to measure nothing."""
-        if self.steps < 1 or self.repeats < 1 or self.warmup < 0 or self.profile < 0:
-            raise ValueError(f"{self}: steps and repeats must be at least 1, warmup and profile at least 0.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

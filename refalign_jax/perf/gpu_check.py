@@ -15,9 +15,8 @@ from typing import Any
 
 import jax
 
-from refalign_jax.config import AttentionKernel, Config, RematPolicy
+from refalign_jax.config import AttentionKernel, Config, Plan, RematPolicy
 from refalign_jax.perf import benchmark
-from refalign_jax.perf.benchmark import Plan
 from refalign_jax.verify.folder import verify
 
 TOKENS = 4096

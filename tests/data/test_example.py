@@ -148,7 +148,7 @@ def test_metadata_that_is_not_json_is_refused():
 
 
 def test_unknown_storage_is_refused():
-    with pytest.raises(ValueError, match="text is 'int8'; it must be one of float32, bfloat16"):
+    with pytest.raises(ValueError, match=r"Storage\.text='int8' is unknown; choose one of float32, bfloat16"):
         Storage(text="int8")
 
 

@@ -241,12 +241,12 @@ def test_nothing_readable_ends_with_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 0}, "data.batch_size is 0; it must be at least 1"),
-        ({"max_references": -1}, "data.max_references is -1"),
+        ({"batch_size": 0}, "DataConfig.batch_size=0 must be at least 1"),
+        ({"max_references": -1}, "DataConfig.max_references=-1 must be at least 0"),
         ({"text_length": 513}, "at most 512"),
-        ({"dtype": "float16"}, "float32 or stored"),
-        ({"held_out": 3}, "multiple of batch_size 8"),
-        ({"shuffle_seed": 2**32}, "below 2"),
+        ({"dtype": "float16"}, "choose one of float32, stored"),
+        ({"held_out": 3}, "multiple of batch_size=8"),
+        ({"shuffle_seed": 2**32}, r"below 2\^32"),
         ({"num_workers": -1}, "at least 0"),
     ],
 )

@@ -282,9 +282,9 @@ def test_frames_crops_and_references_out_of_videos(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_frames": 16}, r"num_frames is 16; it must be 4k\+1, such as 17"),
-        ({"stride": 0}, r"stride is 0; it must be at least 1"),
-        ({"part": (3, 2)}, r"part is 3 2; it must be two numbers, the first from 1 to the second"),
+        ({"num_frames": 16}, r"num_frames=16 must be 4k\+1, such as 17"),
+        ({"stride": 0}, r"stride=0 must be at least 1"),
+        ({"part": (3, 2)}, r"part=\(3, 2\) must be two numbers, the first from 1 to the second"),
         ({"height": 50}, r"The size is 50x64; .* both must be multiples of 8"),
         ({"dct_channels": 99}, r"99 channels"),
         ({"vae": "nowhere"}, r"--vae is 'nowhere'; give"),

@@ -176,10 +176,10 @@ def test_brightness_and_colour_leave_the_white_alone():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"flip": 1.5}, r"augment.flip is 1.5; it must be in \[0, 1\]"),
-        ({"rotation": 200}, r"augment.rotation is 200; it must be in \[0, 180\] degrees"),
-        ({"scale": (1.2, 0.8)}, r"augment.scale is 1.2 to 0.8"),
-        ({"brightness": (0, 1)}, r"augment.brightness is 0 to 1"),
+        ({"flip": 1.5}, r"AugmentConfig.flip=1.5 must be at least 0 and at most 1"),
+        ({"rotation": 200}, r"AugmentConfig.rotation=200 must be at least 0 and at most 180"),
+        ({"scale": (1.2, 0.8)}, r"AugmentConfig.scale=\(1.2, 0.8\) must ascend"),
+        ({"brightness": (0, 1)}, r"AugmentConfig.brightness=\(0, 1\) must be positive"),
     ],
 )
 def test_ranges_that_make_no_sense(changes, message):

@@ -102,5 +102,5 @@ def test_the_recipe_fits_the_clips():
 
 @pytest.mark.parametrize("name", ["clips", "samples", "seeds"])
 def test_a_demo_of_nothing_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match=f"{name}=0 must be at least 1"):
         DemoConfig(**{name: 0})

@@ -10,9 +10,9 @@ from support.places import ROOT
 from support.runs import recipe
 
 from refalign_jax import flops
-from refalign_jax.config import Config, DataConfig
+from refalign_jax.config import Config, DataConfig, Plan
 from refalign_jax.perf import benchmark, gpu_check
-from refalign_jax.perf.benchmark import Plan, attention_difference, by_scope, phase_of, scope_of
+from refalign_jax.perf.benchmark import attention_difference, by_scope, phase_of, scope_of
 from tools import benchmark as command
 
 TINY = str(ROOT / "configs/tiny.py")
@@ -147,5 +147,5 @@ def test_the_command_takes_a_second_setting_and_needs_no_data(tmp_path, monkeypa
     assert command._without_data(command.read_recipe(Path(recipe_1_3b))).data == DataConfig(batch_size=8)
     with pytest.raises(ValueError, match="Name a recipe first"):
         command.main([])
-    with pytest.raises(ValueError, match="steps and repeats must be at least 1"):
+    with pytest.raises(ValueError, match=r"Plan\.steps=0 must be at least 1"):
         Plan(steps=0)
