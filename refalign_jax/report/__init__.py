@@ -1,1 +1,1 @@
-"""A run as one HTML page: what it was, how its losses went, what it samples, and what its reference tokens show."""
+"""The report of a run, one HTML page: its recipe, losses, samples, and the structure of its reference tokens."""

@@ -1,22 +1,25 @@
-"""Pairs of runs that differ in the alignment's weight alone: what alignment changes, seed by seed."""
+"""Pairs of runs that differ only in the weight of the alignment: what alignment changes, for each seed."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import t as student
 
 from refalign_jax.config.recipe import flat_fields
-from refalign_jax.report import figures, html, tokens
-from refalign_jax.report.measures import MEASURES, Measured, Part, block_charts, describe, measure, token_maps
+from refalign_jax.report import figures, tokens
+from refalign_jax.report.content import Section
+from refalign_jax.report.measures import MEASURES, Measured, Table, block_charts, describe, measure, token_maps
+from refalign_jax.report.render import ABSENT, number, render
 from refalign_jax.report.run import Run, read_run
 from refalign_jax.report.tokens import References
 
 OTHER = ("model.alignment.weight", "train.folder", "train.checkpoint_folder", "train.compilation_cache")
-"""Fields in which the runs of a pair may differ without the page saying so."""
+"""Fields in which the two runs of a pair may differ without a note on the page."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,11 +31,11 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """What the page calls it."""
+        """The name of the pair on the page."""
         return f"seed {self.aligned.config.train.seed}"
 
     def differences(self) -> list[str]:
-        """Fields, beside the alignment's weight, in which their recipes differ."""
+        """Fields in which the two recipes differ, except those in `OTHER`."""
         one, other = (flat_fields(dataclasses.asdict(run.config)) for run in (self.aligned, self.baseline))
         return [name for name in one if one[name] != other[name] and name not in OTHER]
 
@@ -41,7 +44,7 @@ def read_pairs(folders: Sequence[tuple[Path, Path]]) -> list[Pair]:
     """Reads pairs of runs.
 
     Raises:
-      ValueError: a folder is no run's, or a pair is not one with alignment and one without, of one seed.
+      ValueError: a folder is not a run's, or a pair is not a run with alignment and a run without of the same seed.
     """
     pairs = []
     for first, second in folders:
@@ -70,43 +73,49 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
 
 
 def outcome(title: str, aligned: Sequence[float], baseline: Sequence[float]) -> str:
-    """A plain sentence on whether a number is higher with alignment."""
+    """A plain sentence on whether a measure is higher with alignment."""
     differences = np.subtract(aligned, baseline)
     count, higher = len(differences), int(np.sum(differences > 0))
     mean, low, high = interval(differences.tolist())
     if not np.isfinite(differences).all():
         return f"{title} could not be measured in every run."
     if higher == count:
-        said = "is higher with alignment than with λ = 0 in " + (f"all {count} pairs" if count > 1 else "the one pair")
+        result = "is higher with alignment than with λ = 0 in " + (
+            f"all {count} pairs" if count > 1 else "the one pair"
+        )
     else:
-        said = f"is higher with alignment than with λ = 0 in {higher} of {count} pairs, so not in every seed"
+        result = f"is higher with alignment than with λ = 0 in {higher} of {count} pairs, so not in every seed"
     if count < 2:
-        return f"{title} {said} (difference {mean:+.3g}; one pair gives no interval)."
+        return f"{title} {result} (difference {mean:+.3g}; one pair gives no interval)."
     doubt = "" if low > 0 or high < 0 else "; the interval includes 0"
-    return f"{title} {said} (mean difference {mean:+.3g}, 95% interval {low:+.3g} to {high:+.3g}{doubt})."
+    return f"{title} {result} (mean difference {mean:+.3g}, 95% interval {low:+.3g} to {high:+.3g}{doubt})."
 
 
-def comparison(pairs: Sequence[Pair]) -> Part:
-    """The section on the pairs: sentences of the outcome, numbers seed by seed, charts and maps."""
-    parts: list[str] = []
-    pictures: list[figures.Picture] = []
+def comparison(pairs: Sequence[Pair]) -> Section:
+    """The section about the pairs: outcomes in sentences, numbers for each seed, charts and maps."""
+    failure: Exception | None = None
+    compared: dict[str, Any] = {}
     try:
         references, measured = _measure(pairs)
     except (ValueError, OSError) as error:
-        parts.append(html.paragraph(f"The reference tokens of the pairs are left out: {error}"))
+        failure = error
     else:
-        told = _representations(pairs, references, measured)
-        parts.append(told.html)
-        pictures += told.pictures
-    for pair in pairs:
-        if others := pair.differences():
-            parts.append(html.paragraph(f"The runs of {pair.name} differ in {', '.join(others)} too."))
-    parts.append(_evaluations(pairs))
-    return Part(html="".join(parts), pictures=tuple(pictures))
+        compared = _representations(pairs, references, measured)
+    evaluated, evaluations = _evaluations(pairs)
+    html = render(
+        "comparison.html",
+        failure=failure,
+        tokens=compared,
+        differences=[(pair.name, fields) for pair in pairs if (fields := pair.differences())],
+        evaluated=evaluated,
+        evaluations=evaluations,
+    )
+    charts = () if failure else (*compared["charts"], *compared["by_block"], *compared["maps"])
+    return Section(html=html, charts=charts)
 
 
 def _measure(pairs: Sequence[Pair]) -> tuple[References, list[tuple[Measured, Measured]]]:
-    """The first pair's references, and each pair's numbers on its own."""
+    """The references of the first pair, and the measures of every pair, each on its own references."""
     measured, first = [], None
     for pair in pairs:
         references = tokens.read_references(pair.aligned.config)
@@ -127,60 +136,52 @@ def _measure(pairs: Sequence[Pair]) -> tuple[References, list[tuple[Measured, Me
 
 def _representations(
     pairs: Sequence[Pair], references: References, measured: Sequence[tuple[Measured, Measured]]
-) -> Part:
-    """Outcome, table and charts of the numbers of reference tokens, means over the aligned blocks."""
+) -> dict[str, Any]:
+    """What comparison.html shows of the reference tokens; the measures are means over the aligned blocks."""
     aligned = pairs[0].aligned.config.model.alignment.num_blocks
     names = [pair.name for pair in pairs]
     values = {name: [[m.mean(name, aligned) for m in pair] for pair in measured] for name in MEASURES}
     values = {name: rows for name, rows in values.items() if np.isfinite(rows).any()}
-    sentences = [outcome(MEASURES[name], *zip(*rows, strict=True)) for name, rows in values.items()]
-    rows_of = {MEASURES[name]: rows for name, rows in values.items()}
     charts = [
         figures.pairs(f"compare_{name}", MEASURES[name], names, *zip(*rows, strict=True))
         for name, rows in values.items()
     ]
     states = {"λ = 0": measured[0][1], "with alignment": measured[0][0]}
-    lines = block_charts(states, references, aligned, "compare_")
-    maps = token_maps({state: m.tokens for state, m in states.items()}, references, "compare_")
-    parts = [
-        html.outcome(sentences),
-        html.paragraph(
-            f"Means over the aligned blocks, 0 to {aligned - 1}, after training; the runs of a pair start from the "
-            f"same transformer and see the same batches. {describe(references, pairs[0].aligned)}"
-        ),
-        html.figures(charts, 440),
-        differences_table(names, rows_of),
-        f"<h3>Block by block, {names[0]}</h3>",
-        html.figures(lines, 440),
-    ]
-    if maps:
-        parts += [
-            f"<h3>Maps after block {aligned - 1}, {names[0]}</h3>",
-            html.legend(references.names),
-            html.figures(maps, 250),
-        ]
-    return Part(html="".join(parts), pictures=(*charts, *lines, *maps))
+    return {
+        "outcomes": [outcome(MEASURES[name], *zip(*rows, strict=True)) for name, rows in values.items()],
+        "aligned": aligned,
+        "description": describe(references, pairs[0].aligned),
+        "charts": charts,
+        "table": differences_table(names, {MEASURES[name]: rows for name, rows in values.items()}),
+        "first": names[0],
+        "by_block": block_charts(states, references, aligned, "compare_"),
+        "names": references.names,
+        "maps": token_maps({state: m.tokens for state, m in states.items()}, references, "compare_"),
+    }
 
 
-def _evaluations(pairs: Sequence[Pair]) -> str:
-    """The numbers of evaluation.json that all runs have."""
+def _evaluations(pairs: Sequence[Pair]) -> tuple[bool, Table | None]:
+    """Whether every run was evaluated, and a table of the measures that all evaluations have."""
     found = [(pair.aligned.evaluation, pair.baseline.evaluation) for pair in pairs]
     if any(evaluation is None for both in found for evaluation in both):
-        return html.paragraph("Not every run of the pairs has an evaluation.json, so evaluations are not compared.")
+        return False, None
     numbers = [tuple(evaluation.numbers for evaluation in both if evaluation) for both in found]
-    shared = [name for name in numbers[0][0] if all(name in told for both in numbers for told in both)]
-    if not shared:
-        return html.paragraph("The evaluations of the pairs have no number in common.")
-    rows = {name: [[told[name] for told in both] for both in numbers] for name in shared}
-    return "<h3>Evaluation of the samples</h3>" + differences_table([pair.name for pair in pairs], rows)
+    shared = [name for name in numbers[0][0] if all(name in values for both in numbers for values in both)]
+    rows = {name: [[values[name] for values in both] for both in numbers] for name in shared}
+    return True, differences_table([pair.name for pair in pairs], rows)
 
 
-def differences_table(names: Sequence[str], values: Mapping[str, Sequence[Sequence[float]]]) -> str:
-    """Aligned against λ = 0 for each pair, the mean difference and its interval; a row a number."""
+def differences_table(names: Sequence[str], values: Mapping[str, Sequence[Sequence[float]]]) -> Table:
+    """A table with a row for each measure: the mean difference, its interval, and both values of each pair.
+
+    Args:
+      names: of the pairs.
+      values: for each measure and each pair, the value with alignment and the value without.
+    """
     head = ["aligned / λ = 0", "mean difference", "95% interval", *names]
     rows = []
     for title, pairs in values.items():
         mean, low, high = interval([one - other for one, other in pairs])
-        between = f"{low:+.3g} to {high:+.3g}" if np.isfinite(low) else html.ABSENT
-        rows.append([title, f"{mean:+.3g}", between, *(f"{html.number(a)} / {html.number(b)}" for a, b in pairs)])
-    return html.table(head, rows)
+        between = f"{low:+.3g} to {high:+.3g}" if np.isfinite(low) else ABSENT
+        rows.append([title, f"{mean:+.3g}", between, *(f"{number(a)} / {number(b)}" for a, b in pairs)])
+    return Table(head=head, rows=rows)

@@ -1,6 +1,6 @@
-"""The report's charts, each drawn by Matplotlib in light and in dark.
+"""The report's charts, each drawn by Matplotlib once for a light page and once for a dark one.
 
-Every chart is a picture of its own, so that the page can lay them side by side or below each other.
+Every chart is an image of its own, so that the page can lay charts side by side or below each other.
 """
 
 from __future__ import annotations
@@ -14,27 +14,14 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from refalign_jax.report.content import Chart
 from refalign_jax.report.theme import DARK, LIGHT, Theme, subject_sign
 from refalign_jax.types import Float, Int
 
 DPI = 200
-"""Of the pictures; the page shows them at about half of it, so that they are sharp on fine displays."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Picture:
-    """One chart."""
-
-    name: str
-    """Of its file, without the ending."""
-    title: str
-    alt: str
-    """What it shows, for those who can't see it."""
-    light: bytes
-    """PNG."""
-    dark: bytes
-    size: tuple[int, int]
-    """Pixels across and down."""
+"""Resolution of the PNG files. The page shows them at about half their size, so they are sharp on fine displays."""
+LINES = (4.2, 2.9)
+"""Width and height of a line chart in inches; small, so that its text stays legible on a phone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,7 +33,7 @@ class Curve:
     y: np.ndarray
     dashed: bool = False
     strong: bool = True
-    """In the accent colour; else in grey."""
+    """Drawn in the accent colour; otherwise in grey."""
 
 
 def losses(
@@ -54,8 +41,15 @@ def losses(
     title: str,
     training: tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]],
     held_out: tuple[Int[np.ndarray, " m"], Float[np.ndarray, " m"]],
-) -> Picture:
-    """A loss over the steps, raw and smoothed, and its held-out values where there are any."""
+) -> Chart:
+    """A loss over the steps, as measured and smoothed, and its held-out values if there are any.
+
+    Args:
+      name: file name of the chart, without the extension.
+      title: of the chart.
+      training: steps and values.
+      held_out: steps and values; may be empty.
+    """
     steps, values = training
     smooth = smoothed(values)
 
@@ -71,25 +65,25 @@ def losses(
     alt = f"{title} over {len(steps)} steps"
     if len(ends):
         alt += f"; its running mean goes from {ends[0]:.3g} to {ends[-1]:.3g}"
-    return _picture(name, title, alt, paint, (4.8, 3.1))
+    return _chart(name, title, alt, paint, LINES)
 
 
 def smoothed(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """The running mean over a twentieth of all values around each, of the finite ones."""
+    """The running mean of the finite values, over a window of a twentieth of all values."""
     half = len(values) // 40
     windows = [values[max(i - half, 0) : i + half + 1] for i in range(len(values))]
     return np.array([np.mean(w[np.isfinite(w)]) if np.isfinite(w).any() else np.nan for w in windows])
 
 
-def blocks(name: str, title: str, curves: Sequence[Curve], aligned: int, levels: Mapping[str, float]) -> Picture:
-    """A number over the transformer's blocks.
+def blocks(name: str, title: str, curves: Sequence[Curve], aligned: int, levels: Mapping[str, float]) -> Chart:
+    """A measure over the transformer's blocks.
 
     Args:
-      name: of the file.
-      title: what the number is.
+      name: file name of the chart, without the extension.
+      title: name of the measure.
       curves: lines over the blocks.
-      aligned: the first so many blocks are aligned, and shaded.
-      levels: what does not depend on the block, by label; what is not finite is left out.
+      aligned: number of aligned blocks, which are shaded.
+      levels: horizontal lines by label; values that are not finite are left out.
     """
     known = {label: value for label, value in levels.items() if np.isfinite(value)}
 
@@ -108,15 +102,23 @@ def blocks(name: str, title: str, curves: Sequence[Curve], aligned: int, levels:
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=8))
         axes.margins(y=0.12)
 
-    told = [f"{c.label} from {_tell(c.y[0])} to {_tell(c.y[-1])}" for c in curves if len(c.y)]
-    told += [f"{label} {_tell(value)}" for label, value in known.items()]
-    return _picture(name, title, f"{title} over the blocks: {'; '.join(told)}", paint, (4.8, 3.1))
+    described = [f"{c.label} from {_short(c.y[0])} to {_short(c.y[-1])}" for c in curves if len(c.y)]
+    described += [f"{label} {_short(value)}" for label, value in known.items()]
+    return _chart(name, title, f"{title} over the blocks: {'; '.join(described)}", paint, LINES)
 
 
 def token_map(
     name: str, title: str, points: Float[np.ndarray, "n 2"], subjects: Int[np.ndarray, " n"], what: str
-) -> Picture:
-    """Tokens in two dimensions by subject, both axes at one scale."""
+) -> Chart:
+    """Tokens in two dimensions, coloured by subject, both axes at the same scale.
+
+    Args:
+      name: file name of the chart, without the extension.
+      title: of the chart.
+      points: the tokens.
+      subjects: number of each token's subject.
+      what: kind of the map, for its text description.
+    """
     centre = (points.max(0) + points.min(0)) / 2
     reach = max(float((points.max(0) - points.min(0)).max()) * 0.54, 1e-9)
 
@@ -143,11 +145,11 @@ def token_map(
             spine.set_visible(True)
 
     alt = f"{what} of {len(points)} reference tokens of {len(np.unique(subjects))} subjects, {title}"
-    return _picture(name, title, alt, paint, (3.2, 3.2))
+    return _chart(name, title, alt, paint, (3.2, 3.2))
 
 
-def pairs(name: str, title: str, labels: Sequence[str], aligned: Sequence[float], baseline: Sequence[float]) -> Picture:
-    """A number with and without alignment, a row a pair of runs, a line between the two."""
+def pairs(name: str, title: str, labels: Sequence[str], aligned: Sequence[float], baseline: Sequence[float]) -> Chart:
+    """A measure with and without alignment: a row for each pair of runs, with a line between the two values."""
 
     def paint(axes: Axes, theme: Theme) -> None:
         rows = np.arange(len(labels))
@@ -161,23 +163,21 @@ def pairs(name: str, title: str, labels: Sequence[str], aligned: Sequence[float]
         axes.margins(x=0.12)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(nbins=5))
 
-    told = "; ".join(
-        f"{row} {_tell(a)} against {_tell(b)}" for row, a, b in zip(labels, aligned, baseline, strict=True)
+    described = "; ".join(
+        f"{row} {_short(a)} against {_short(b)}" for row, a, b in zip(labels, aligned, baseline, strict=True)
     )
-    alt = f"{title} with alignment against λ = 0: {told}"
-    return _picture(name, title, alt, paint, (4.8, 1.2 + 0.36 * len(labels)))
+    alt = f"{title} with alignment against λ = 0: {described}"
+    return _chart(name, title, alt, paint, (LINES[0], 1.2 + 0.36 * len(labels)))
 
 
-def _picture(
-    name: str, title: str, alt: str, paint: Callable[[Axes, Theme], None], size: tuple[float, float]
-) -> Picture:
+def _chart(name: str, title: str, alt: str, paint: Callable[[Axes, Theme], None], size: tuple[float, float]) -> Chart:
     light, dark = (_draw(paint, theme, size) for theme in (LIGHT, DARK))
     width, height = (round(side * DPI) for side in size)
-    return Picture(name=name, title=title, alt=alt, light=light, dark=dark, size=(width, height))
+    return Chart(name=name, title=title, alt=alt, light=light, dark=dark, size=(width, height))
 
 
 def _draw(paint: Callable[[Axes, Theme], None], theme: Theme, size: tuple[float, float]) -> bytes:
-    """PNG of what `paint` draws."""
+    """Draws a chart with `paint` and encodes it as PNG."""
     figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor=theme.paper)
     axes = figure.subplots()
     axes.set_facecolor(theme.paper)
@@ -194,7 +194,7 @@ def _draw(paint: Callable[[Axes, Theme], None], theme: Theme, size: tuple[float,
             handles,
             labels,
             loc="outside lower center",
-            ncols=len(handles),
+            ncols=len(handles) if len(handles) < 4 else 2,
             frameon=False,
             fontsize=8.5,
             labelcolor=theme.ink,
@@ -207,7 +207,7 @@ def _draw(paint: Callable[[Axes, Theme], None], theme: Theme, size: tuple[float,
 
 
 def _logarithmic(axes: Axes, values: np.ndarray) -> None:
-    """Takes a logarithmic scale where the values are positive and span more than a factor of five."""
+    """Sets a logarithmic scale if the values are positive and span more than a factor of five."""
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > 5 * values.min():
         axes.set_yscale("log")
@@ -216,5 +216,5 @@ def _logarithmic(axes: Axes, values: np.ndarray) -> None:
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _tell(value: float) -> str:
+def _short(value: float) -> str:
     return f"{value:.3g}" if np.isfinite(value) else "none"

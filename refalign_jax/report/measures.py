@@ -1,4 +1,4 @@
-"""The paper's Figure 1(b) from a run: reference tokens before and after training, and the VFM's; maps and numbers."""
+"""The paper's Figure 1(b) for a run: maps and measures of reference tokens before and after training, and the VFM's."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from refalign_jax.report import html, representation, tokens
-from refalign_jax.report.figures import Curve, Picture, blocks, token_map
+from refalign_jax.report import figures, representation, tokens
+from refalign_jax.report.content import Chart, Section
+from refalign_jax.report.render import render
 from refalign_jax.report.run import Run
 from refalign_jax.report.tokens import References
 from refalign_jax.types import Float, Int
@@ -18,34 +19,51 @@ MEASURES: Mapping[str, str] = {
     "neighbour": "Nearest-neighbour subject accuracy",
     "cka": "Linear CKA to the VFM",
     "silhouette": "Silhouette by subject",
-    "anywhere": "Accuracy with neighbours at the same place",
+    "anywhere": "Subject accuracy with neighbours at any position",
 }
-"""Names of the numbers, each told for every block."""
+"""Titles of the measures, each of which is computed after every block."""
 SHORT: Mapping[str, str] = {
     "neighbour": "accuracy",
     "cka": "CKA",
     "silhouette": "silhouette",
-    "anywhere": "accuracy at the same place",
+    "anywhere": "accuracy, any position",
 }
-"""The same, for the heads of tables."""
+"""Shorter titles, for table heads."""
 MAP_TOKENS = 700
-"""Points of a map at most."""
+"""The largest number of points on a map."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Measured:
-    """Numbers of every block, under the names of `MEASURES`, and the tokens after the last aligned block."""
+    """The measures after every block, by the names in `MEASURES`, and the tokens after the last aligned block."""
 
     values: Mapping[str, Float[np.ndarray, " layers"]]
     tokens: Float[np.ndarray, "n D"]
 
     def mean(self, name: str, aligned: int) -> float:
-        """A number's mean over the first `aligned` blocks."""
+        """The mean of a measure over the first `aligned` blocks."""
         return float(np.mean(self.values[name][:aligned]))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """The content of a table."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    """The first cell of a row names it."""
+    total: Sequence[object] = ()
+    """A last row that sums up the others."""
+
+
 def measure(features: Float[np.ndarray, "layers n D"], references: References, aligned: int) -> Measured:
-    """Measures tokens after every block; see `Measured`."""
+    """Measures the tokens after every block.
+
+    Args:
+      features: the reference tokens after every block.
+      references: their subjects and the VFM's tokens.
+      aligned: number of aligned blocks.
+    """
     numbers = [_numbers(block, references) for block in features]
     values = {name: np.array([found[name] for found in numbers]) for name in MEASURES}
     return Measured(values=values, tokens=features[aligned - 1])
@@ -61,99 +79,92 @@ def _numbers(x: Float[np.ndarray, "n D"], references: References) -> dict[str, f
     }
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """A part of the page and the pictures in it."""
-
-    html: str
-    pictures: tuple[Picture, ...] = ()
-
-
-def tokens_part(run: Run) -> Part:
-    """Maps and numbers of a run's reference tokens; where they can't be had, a sentence that says why."""
+def tokens_section(run: Run) -> Section:
+    """Maps and measures of a run's reference tokens; if they can't be computed, a sentence that says why."""
     try:
         references = tokens.read_references(run.config)
         trained, step = tokens.trained_params(run)
     except (ValueError, OSError) as error:
-        return Part(html=html.paragraph(f"The reference tokens are left out: {error}"))
+        return Section(html=render("tokens.html", failure=error))
     aligned = run.config.model.alignment.num_blocks
-    states = {f"after {step:,} steps": trained}
-    said = []
+    states, failure = {f"after {step:,} steps": trained}, None
     try:
         states = {"before training": tokens.untrained_params(run.config), **states}
     except (ValueError, OSError) as error:
-        said.append(html.paragraph(f"The state before training is left out: {error}"))
+        failure = error
     measured = {
         state: measure(tokens.features(params, references, run.config, f"tokens {state}"), references, aligned)
         for state, params in states.items()
     }
     maps = token_maps({"of the VFM": references.vfm, **{s: m.tokens for s, m in measured.items()}}, references)
     charts = block_charts(measured, references, aligned if run.config.model.alignment.weight else 0)
-    parts = [html.paragraph(describe(references, run)), *said]
-    if maps:
-        parts += [
-            f"<h3>Maps of the tokens, after block {aligned - 1}</h3>",
-            html.legend(references.names),
-            html.figures(maps, 300),
-        ]
-    else:
-        parts.append(html.paragraph("The dataset names no subjects, so there is nothing to colour maps by."))
-    parts += ["<h3>Numbers by block</h3>", html.paragraph(EXPLANATION), html.figures(charts, 440)]
-    parts.append(_table(measured, references, aligned))
-    return Part(html="".join(parts), pictures=(*maps, *charts))
-
-
-EXPLANATION = (
-    "Tokens are compared by cosine after their common mean is removed. The nearest neighbour of a token is looked for "
-    "in other examples, among tokens that show other pixels at another place of their picture: the same patch of the "
-    "same picture would be near itself under any transformer, and references are framed alike, so that borders look "
-    "alike at the same place whoever is inside. The last number has no rule on places. CKA tells whether tokens "
-    "differ from each other as the VFM's do: 1 is the same but for rotation and scale. Shaded blocks were aligned."
-)
+    html = render(
+        "tokens.html",
+        failure=None,
+        untrained_failure=failure,
+        description=describe(references, run),
+        aligned=aligned,
+        names=references.names,
+        maps=maps,
+        charts=charts,
+        table=_table(measured, references, aligned),
+    )
+    return Section(html=html, charts=(*maps, *charts))
 
 
 def describe(references: References, run: Run) -> str:
-    """A sentence on what was looked at."""
+    """Describes the tokens that are compared, and how they were computed."""
     examples, count = len(references.rows), len(references.subjects)
-    which = "held-out examples" if references.held_out else "examples, the last of the dataset, which training saw"
-    who = f"{len(references.names)} subjects" if references.named else "nameless subjects"
+    which = "held-out examples" if references.held_out else "examples, the last of the dataset, seen in training"
+    who = f"{len(references.names)} subjects" if references.named else "unnamed subjects"
     return (
-        f"{count:,} reference tokens of {who}, out of {examples} {which}. References are clean, the video beside them "
-        f"is noised to t = {tokens.noise_time(run.config):.0f}, the median of training, with seed {tokens.SEED}. "
-        "Tokens that show nobody, such as white padding, are left out."
+        f"{count:,} reference tokens of {who}, out of {examples} {which}. References are clean; the video beside them "
+        f"is noised to t = {tokens.noise_time(run.config):.0f}, the median time of training, with seed {tokens.SEED}. "
+        "Tokens that show no subject, such as white padding, are left out."
     )
 
 
-def token_maps(sets: Mapping[str, Float[np.ndarray, "n _"]], references: References, stem: str = "") -> list[Picture]:
-    """PCA and t-SNE of each set of tokens; none where no subject has a name."""
+def token_maps(sets: Mapping[str, Float[np.ndarray, "n _"]], references: References, stem: str = "") -> list[Chart]:
+    """PCA and t-SNE of each set of tokens; none if the dataset names no subjects.
+
+    Args:
+      sets: tokens by a title such as "before training".
+      references: their subjects.
+      stem: a part of the charts' file names.
+    """
     if not references.named:
         return []
     count = len(references.subjects)
     chosen = np.unique(np.linspace(0, count - 1, min(count, MAP_TOKENS)).round().astype(int))
     subjects: Int[np.ndarray, " n"] = references.subjects[chosen]
-    pictures = []
+    charts = []
     for kind, project in (("PCA", representation.principal_map), ("t-SNE", representation.tsne_map)):
         for title, x in sets.items():
             plain = re.sub(r"[^a-z0-9]+", "_", title.replace("λ", "lambda").lower()).strip("_")
             name = f"map_{kind.lower().replace('-', '')}_{stem}{plain}"
-            pictures.append(token_map(name, f"{kind}, {title}", project(x[chosen]), subjects, f"{kind} map"))
-    return pictures
+            charts.append(figures.token_map(name, f"{kind}, {title}", project(x[chosen]), subjects, f"{kind} map"))
+    return charts
 
 
-def block_charts(
-    measured: Mapping[str, Measured], references: References, shaded: int, stem: str = ""
-) -> list[Picture]:
-    """A chart for every number that can be told, a line for every state."""
+def block_charts(measured: Mapping[str, Measured], references: References, shaded: int, stem: str = "") -> list[Chart]:
+    """A chart for every measure that is defined, with a line for every state.
+
+    Args:
+      measured: measures by state; the last state is drawn in the accent colour.
+      references: the tokens' subjects and the VFM's tokens.
+      shaded: number of blocks to shade.
+      stem: a part of the charts' file names.
+    """
     of_vfm = _numbers(references.vfm, references)
     random = {
         "neighbour": representation.chance(references.subjects, references.allowed["elsewhere"]),
         "anywhere": representation.chance(references.subjects, references.allowed["anywhere"]),
     }
     last = list(measured)[-1]
-    pictures = []
+    charts = []
     for name, title in MEASURES.items():
         curves = [
-            Curve(
+            figures.Curve(
                 label=state,
                 x=np.arange(len(m.values[name])),
                 y=m.values[name],
@@ -166,12 +177,12 @@ def block_charts(
             levels = {"VFM": of_vfm[name]} if name != "cka" else {}
             if name in random:
                 levels["chance"] = random[name]
-            pictures.append(blocks(f"blocks_{stem}{name}", title, curves, shaded, levels))
-    return pictures
+            charts.append(figures.blocks(f"blocks_{stem}{name}", title, curves, shaded, levels))
+    return charts
 
 
-def _table(measured: Mapping[str, Measured], references: References, aligned: int) -> str:
-    """Every number of every block, then means over the aligned blocks and the VFM's own."""
+def _table(measured: Mapping[str, Measured], references: References, aligned: int) -> Table:
+    """Every measure after every block, of the VFM's tokens, and the means over the aligned blocks."""
     head, columns = ["block"], []
     for name in MEASURES:
         for state, m in measured.items():
@@ -182,4 +193,4 @@ def _table(measured: Mapping[str, Measured], references: References, aligned: in
     vfm = _numbers(references.vfm, references)
     rows.append(["the VFM itself", *(vfm[name] for name, _ in columns)])
     total = [f"mean of blocks 0 to {aligned - 1}", *(m.mean(name, aligned) for name, m in columns)]
-    return f"<details><summary>All numbers</summary>{html.table(head, rows, total)}</details>"
+    return Table(head=head, rows=rows, total=total)

@@ -1,12 +1,12 @@
-"""What a run's folder holds, read and checked for the report.
+"""Reads and checks a run's folder for the report.
 
-    config.json            the recipe, and what made it
-    metrics.jsonl          a line a step, and a line a start
+    config.json            the recipe, and the versions and the command that started the run
+    metrics.jsonl          a line for each step, and a line for each start
     samples/samples.json   sampled videos: a list of {"id", "prompt", "video", "references": [{"image", "subject"}],
                            "truth", "scores"}, the last two optional, paths relative to samples/
     evaluation.json        {"title", "numbers": {name: value}, "confusions": [{"title", "labels", "matrix"}], "notes"}
 
-The last two may be missing.
+The last two files may be missing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from refalign_jax.types import Float, Int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One sampled video and what it was asked for."""
+    """A sampled video, and the prompt and the references that it was sampled from."""
 
     id: str
     prompt: str
@@ -35,13 +35,13 @@ class Sample:
     references: tuple[tuple[Path, str | None], ...]
     """Image and subject of each."""
     truth: Path | None
-    """The clip that the prompt describes, where there is one."""
+    """The clip that the prompt describes, if there is one."""
     scores: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Confusion:
-    """How often what was asked for (rows) was taken for what (columns)."""
+    """How often each requested label (row) was recognised as each label (column)."""
 
     title: str
     labels: tuple[str, ...]
@@ -50,7 +50,7 @@ class Confusion:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Numbers that another program found out about the samples."""
+    """Measures of the samples, written by another program."""
 
     title: str
     numbers: Mapping[str, float]
@@ -65,28 +65,28 @@ class Run:
     folder: Path
     config: Config
     about: Mapping[str, Any]
-    """What `metrics.about` said at the last start."""
+    """What `provenance.about` returned at the last start."""
     program: Mapping[str, Any]
-    """What compiling told at the last start; may be empty."""
+    """The line of metrics.jsonl about compilation at the last start; may be empty."""
     steps: tuple[Mapping[str, Any], ...]
     """The step lines of metrics.jsonl."""
     samples: tuple[Sample, ...]
     lost: int
-    """Samples that samples.json lists and whose video or reference is gone."""
+    """Number of samples in samples.json whose video or reference is missing."""
     evaluation: Evaluation | None
 
     def series(self, name: str) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-        """Steps at which a metric was told, and its values; NaN where it was not finite."""
-        told = [(line["step"], line[name]) for line in self.steps if name in line]
-        values = [math.nan if value is None else float(value) for _, value in told]
-        return np.array([step for step, _ in told], np.int64), np.array(values, np.float64)
+        """Steps at which a metric was logged, and its values; NaN where it was not finite."""
+        logged = [(line["step"], line[name]) for line in self.steps if name in line]
+        values = [math.nan if value is None else float(value) for _, value in logged]
+        return np.array([step for step, _ in logged], np.int64), np.array(values, np.float64)
 
 
 def read_run(folder: Path) -> Run:
     """Reads a run's folder.
 
     Raises:
-      ValueError: it is no run's, or one of its files can't be read; in one sentence.
+      ValueError: the folder is not a run's, or one of its files can't be read.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no run's folder: it has no config.json; name the train.folder of a run.")
@@ -95,15 +95,15 @@ def read_run(folder: Path) -> Run:
         config, about = from_dict(Config, recipe["config"], str(folder / "config.json")), recipe["about"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'config.json'} is not one that a run wrote: {error!r}.") from error
-    told = _metrics(folder / "metrics.jsonl")
+    lines = _metrics(folder / "metrics.jsonl")
     listed = list(_samples(folder / "samples"))
     whole = [s for s in listed if s.video.is_file() and all(image.is_file() for image, _ in s.references)]
     return Run(
         folder=folder,
         config=config,
         about=about,
-        program=([line for line in told if "compile_seconds" in line] or [{}])[-1],
-        steps=tuple(line for line in told if "step" in line),
+        program=([line for line in lines if "compile_seconds" in line] or [{}])[-1],
+        steps=tuple(line for line in lines if "step" in line),
         samples=tuple(whole),
         lost=len(listed) - len(whole),
         evaluation=_evaluation(folder / "evaluation.json"),
@@ -111,7 +111,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines but a last one that is still being written."""
+    """All lines, except a last one that is still being written."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

@@ -1,7 +1,7 @@
 """Reference tokens of a run: read from its dataset, computed by its transformer before and after training.
 
-The references are clean. The video beside them is noised to one time with noise that is fixed for each example, so
-that runs and states of a run are compared on the same inputs.
+The references are clean. The video beside them is noised to one time, with noise that is fixed for each example, so
+that runs, and states of a run, are compared on the same inputs.
 """
 
 from __future__ import annotations
@@ -27,49 +27,49 @@ from refalign_jax.initial import random_params
 from refalign_jax.models.dit import DiT, patchify
 from refalign_jax.report import representation
 from refalign_jax.report.run import Run
-from refalign_jax.sharding import make_mesh, state_sharding
+from refalign_jax.sharding import make_mesh, place_shapes
 from refalign_jax.types import Array, Bool, Float, Int, Params
 
 EXAMPLES = 64
-"""At most so many of a dataset's last examples are looked at."""
+"""The largest number of examples, taken from the end of the dataset."""
 TOKENS = 3000
-"""At most about so many tokens, evenly spread over the references."""
+"""The approximate largest number of tokens, evenly spread over the references."""
 SEED = 0
-"""Of the noise."""
-NAMELESS = "#"
-"""How a made-up name of a nameless subject begins."""
+"""Seed of the noise."""
+UNNAMED = "#"
+"""Prefix of the name that is made up for a subject without a name."""
 
 Place = tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]
-"""Example, reference and token of each of n tokens."""
+"""Number of the example, of its reference and of the token in the reference, for each of n tokens."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class References:
-    """Reference tokens that show a subject, n in all, and what the transformer needs to compute them."""
+    """The n reference tokens that show a subject, and the transformer's inputs from which they are computed."""
 
     rows: tuple[dict[str, np.ndarray], ...]
-    """Batches of one example, as the loader gives them."""
+    """Batches of one example, as the loader returns them."""
     held_out: bool
-    """Whether training never saw these examples."""
+    """Whether the examples were held out from training."""
     place: Place
-    """Where each token is from."""
+    """Origin of each token."""
     subjects: Int[np.ndarray, " n"]
-    """Whose each is."""
+    """Number of each token's subject."""
     names: tuple[str, ...]
-    """Of the subjects, by their number."""
+    """Names of the subjects, by number."""
     named: bool
-    """Whether the dataset names subjects. If so, nameless ones are left out; if not, each is a subject of its own."""
+    """Whether the dataset names subjects. If so, unnamed ones are left out; otherwise each reference has its own."""
     allowed: Mapping[str, Bool[np.ndarray, "n n"]]
-    """Which token may be the neighbour of which; `elsewhere` and `anywhere` in the picture."""
+    """Which tokens may be neighbours, by rule: `elsewhere`, only at another position; `anywhere`, at any position."""
     vfm: Float[np.ndarray, "n E"]
     """The VFM's tokens."""
 
 
 def read_references(config: Config) -> References:
-    """Reads the run's held-out examples or, where it has none, the last ones of its dataset.
+    """Reads the run's held-out examples or, if it has none, the last ones of its dataset.
 
     Raises:
-      ValueError: there is no dataset, it can't be read, or no token in it shows a subject.
+      ValueError: there is no dataset, it can't be read, or none of its tokens shows a subject.
     """
     if config.synthetic.num_examples:
         raise ValueError("The run was trained on synthetic noise, which shows no subjects.")
@@ -82,8 +82,8 @@ def read_references(config: Config) -> References:
     place = _choose(rows)
     names = [_names(source, row) for row in rows]
     labels = np.array([names[n][r] for n, r in zip(*place[:2], strict=True)], object)
-    if named := any(not label.startswith(NAMELESS) for label in labels):
-        kept = np.array([not label.startswith(NAMELESS) for label in labels])
+    if named := any(not label.startswith(UNNAMED) for label in labels):
+        kept = np.array([not label.startswith(UNNAMED) for label in labels])
         place, labels = _take(place, kept), labels[kept]
     if len(labels):
         known, subjects = np.unique(labels.astype(str), return_inverse=True)
@@ -108,10 +108,13 @@ def read_references(config: Config) -> References:
 
 
 def trained_params(run: Run) -> tuple[dict[str, Any], int]:
-    """Parameters of the run's newest checkpoint, on one device, and the step it was saved after.
+    """Restores the parameters of the run's newest checkpoint on one device.
+
+    Returns:
+      The parameters, and the number of steps after which they were saved.
 
     Raises:
-      ValueError: there is none, or it is damaged.
+      ValueError: there is no checkpoint, or it is damaged.
     """
     folder = run.config.train.checkpoint_folder or run.folder
     path, _ = find_checkpoint(folder)
@@ -119,26 +122,26 @@ def trained_params(run: Run) -> tuple[dict[str, Any], int]:
 
 
 def untrained_params(config: Config) -> dict[str, Any]:
-    """The parameters that the run started from, made again from its seed or what it was started from.
+    """Recreates the parameters that the run started from, from its seed or from its `train.init`.
 
     Raises:
-      ValueError: what it was started from is gone.
+      ValueError: the weights named by `train.init` are missing.
     """
     init_key, _ = jax.random.split(jax.random.key(config.train.seed))  # as state.begin
     return initial_params(config.train.init, config.train.init_ema, config.model, _shapes(config.model), init_key)[0]
 
 
 def features(params: Params, references: References, config: Config, desc: str) -> Float[np.ndarray, "layers n D"]:
-    """The reference tokens after every block.
+    """Computes the reference tokens after every block.
 
     Args:
-      params: of the model.
-      references: whose tokens.
-      config: of the run.
-      desc: for the progress bar.
+      params: parameters of the model.
+      references: the tokens and the transformer's inputs.
+      config: recipe of the run.
+      desc: label of the progress bar.
     """
     found = []
-    dit = dataclasses.replace(config.model.dit, attention="auto")  # this machine may not be the one of the training
+    dit = dataclasses.replace(config.model.dit, attention="auto")  # this machine may differ from the training's
     model = dataclasses.replace(config.model, dit=dit)
     example, reference, token = references.place
     place = reference * references.rows[0]["vfm_features"].shape[2] + token
@@ -153,7 +156,7 @@ def features(params: Params, references: References, config: Config, desc: str) 
 
 
 def noise_time(config: Config) -> float:
-    """The time t, in [0, 1000], to which the videos are noised: the median of training."""
+    """The time t, in [0, 1000], to which the videos are noised: the median time of training."""
     return float(training_schedule(config.model.flow).timesteps[config.model.flow.num_train_steps // 2])
 
 
@@ -186,22 +189,21 @@ def _forward(
 
 @functools.cache
 def _shapes(model: ModelConfig) -> Params:
-    """Shapes of the parameters, all of them on the first device."""
+    """Shapes of the parameters, placed on the first device."""
     shapes = jax.eval_shape(lambda: random_params(model, jax.random.key(0)))
-    places = state_sharding(shapes, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
-    return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+    return place_shapes(shapes, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
 
 
 def _names(source: ShardSource, row: Mapping[str, np.ndarray]) -> list[str]:
-    """Who each reference of an example shows; a nameless subject is nobody else."""
+    """Subject of each reference of an example; each unnamed one is a subject of its own."""
     index = int(row["index"][0])
-    told = source[index][1]["metadata"].get("subjects") or []
-    names = [*told, *[None] * row["subject_ids"].shape[1]]
-    return [name or f"{NAMELESS}{index}/{number}" for name, number in zip(names, row["subject_ids"][0], strict=False)]
+    given = source[index][1]["metadata"].get("subjects") or []
+    names = [*given, *[None] * row["subject_ids"].shape[1]]
+    return [name or f"{UNNAMED}{index}/{number}" for name, number in zip(names, row["subject_ids"][0], strict=False)]
 
 
 def _choose(rows: Sequence[Mapping[str, np.ndarray]]) -> Place:
-    """About `TOKENS` tokens, equally many and evenly spread over each real reference."""
+    """Chooses about `TOKENS` tokens: the same number, evenly spaced, from each real reference."""
     example, reference = (
         np.array([(n, r) for n, row in enumerate(rows) for r in range(int(row["num_references"][0]))], np.int64)
         .reshape(-1, 2)

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from markupsafe import Markup
 from PIL import Image
 from support import chromium
 from support.reported import recipe, write_run
 
-from refalign_jax.report import html, page
+from refalign_jax.report import page
+from refalign_jax.report.content import Section
 
 TOOL = Path(__file__).parents[2] / "tools" / "report.py"
 
@@ -40,7 +42,7 @@ def test_everything_is_there_and_nothing_comes_from_elsewhere(report):
         "#comp",
     }
     assert "http" not in re.sub(r"base64,[^\"]*", "", source)
-    told = text_of(report)
+    shown = text_of(report)
     for part in (
         "40 of 40",
         "1,234",
@@ -52,7 +54,7 @@ def test_everything_is_there_and_nothing_comes_from_elsewhere(report):
         "seed 1",
         "Not every run of the pairs has an evaluation.json",
     ):
-        assert part in told, part
+        assert part in shown, part
     assert source.count("<video") == 5
     assert not re.search(r"<img(?![^>]* alt=\"[^\"]+\")", source)
 
@@ -81,7 +83,7 @@ def test_what_a_run_lacks_is_left_out_with_a_sentence(tmp_path, trained, capsys)
         Image.new("RGB", (40, 20)).save(folder / "previews" / f"step-{step:08d}.png")
     page.report(folder)
     assert capsys.readouterr().out == f"The report is {folder / 'report.html'}.\n"
-    told = text_of(folder / "report.html")
+    shown = text_of(folder / "report.html")
     for part in (
         "without reference alignment (λ = 0)",
         "there are no losses to draw",
@@ -90,7 +92,7 @@ def test_what_a_run_lacks_is_left_out_with_a_sentence(tmp_path, trained, capsys)
         "The reference tokens are left out: The run was trained on synthetic noise, which shows no subjects.",
         "The newest preview of training, step-00000040",
     ):
-        assert part in told, part
+        assert part in shown, part
     assert not (folder / "report_figures").exists()
 
 
@@ -107,8 +109,8 @@ def test_bad_output_and_failures_leave_nothing_half_written(runs, tmp_path, monk
             page.write_report(runs["b0"], out)
     out = tmp_path / "report.html"
     out.write_text("before")
-    monkeypatch.setattr(html, "page", lambda *_: "\ud800")  # which UTF-8 can't write
-    monkeypatch.setattr(page, "tokens_part", lambda _: page.Part(html=""))
+    monkeypatch.setattr(page, "tokens_section", lambda _: Section(html=Markup()))
+    monkeypatch.setattr(page, "render", lambda *_, **__: "\ud800")  # which UTF-8 can't encode
     with pytest.raises(UnicodeEncodeError):
         page.write_report(runs["b0"], out)
     assert out.read_text() == "before"

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from refalign_jax.report import html
 from refalign_jax.report.figures import smoothed
-from refalign_jax.report.run import Sample
-from refalign_jax.report.sections import _by_subject
+from refalign_jax.report.render import ABSENT, number
+from refalign_jax.report.run import Confusion, Evaluation, Sample
+from refalign_jax.report.sections import _by_subject, evaluation
 
 
 def sample(id, *subjects):
@@ -40,13 +40,18 @@ def test_running_mean():
 
 
 def test_numbers_as_a_reader_wants_them():
-    shown = [html.number(v) for v in (3, 12345, 64.0, 0.123456, 3072.0, float("nan"), "x", True)]
-    assert shown == ["3", "12,345", "64", "0.123", "3,072", html.ABSENT, "x", "True"]
+    shown = [number(v) for v in (3, 12345, 64.0, 0.123456, 3072.0, float("nan"), "x", True)]
+    assert shown == ["3", "12,345", "64", "0.123", "3,072", ABSENT, "x", "True"]
 
 
 def test_texts_are_escaped_and_shares_shade_the_cells():
-    assert html.paragraph('<b> & "') == "<p>&lt;b&gt; &amp; &quot;</p>"
-    table = html.confusion(("a", "<b>"), np.array([[3.0, 1.0], [0.0, 0.0]]))
-    assert "&lt;b&gt;" in table
-    assert table.count("--share:0.750") == table.count("--share:0.250") == 1
-    assert table.count("class=none") == 2
+    confusion = Confusion(title="t", labels=("a", "<b>"), matrix=np.array([[3.0, 1.0], [0.0, 0.0]]))
+    found = Evaluation(title='<i> & "', numbers={"<u>": 0.5}, confusions=(confusion,), notes=("<s>",))
+    shown = evaluation(found).html
+    assert '<p class="lead">&lt;i&gt; &amp; &#34;</p>' in shown
+    for text in ("&lt;b&gt;", "&lt;u&gt;", "&lt;s&gt;"):
+        assert text in shown
+    for tag in ("<b>", "<i>", "<u>", "<s>"):
+        assert tag not in shown
+    assert shown.count("--share:0.750") == shown.count("--share:0.250") == 1
+    assert shown.count('class="none"') == 2
