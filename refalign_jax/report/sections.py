@@ -97,7 +97,7 @@ def losses(run: Run) -> Section:
 
 def samples(run: Run) -> Section:
     """The references of each subject beside the videos that were sampled from them."""
-    alone, several = _by_subject(run.samples)
+    alone, several = by_subject(run.samples)
     chosen = [(subject, mine[:SHOWN]) for subject, mine in alone.items()]
     if several:
         chosen.append(("Several subjects", several[: 3 * SHOWN]))
@@ -141,7 +141,7 @@ def _preview(folder: Path) -> Preview | None:
     return Preview(still=content.still(read_image(newest), description), clips=clips)
 
 
-def _by_subject(found: Iterable[Sample]) -> tuple[dict[str, list[Sample]], list[Sample]]:
+def by_subject(found: Iterable[Sample]) -> tuple[dict[str, list[Sample]], list[Sample]]:
     """Samples with one subject by its name, and the other samples."""
     alone: dict[str, list[Sample]] = {}
     several = []

@@ -29,7 +29,7 @@ def test_interval_is_the_paired_t_tests():
         ([0.5, float("nan")], [0.3, 0.1], "could not be measured in every run"),
     ],
 )
-def test_the_outcome_is_told_whatever_it_is(aligned, baseline, said):
+def test_the_outcome_is_stated_whatever_it_is(aligned, baseline, said):
     assert said in outcome("The number", aligned, baseline)
 
 
@@ -40,7 +40,7 @@ def test_pairs_that_are_none(runs):
         read_pairs([(runs["a0"], runs["b1"])])
 
 
-def test_what_else_differs_is_told(runs):
+def test_what_else_differs_is_named(runs):
     pair = read_pairs([(runs["a0"], runs["b0"])])[0]
     assert pair.differences() == []
     longer = dataclasses.replace(pair.baseline.config, train=dataclasses.replace(pair.baseline.config.train, steps=50))

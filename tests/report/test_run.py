@@ -1,4 +1,4 @@
-"""A run's folder, read; what is wrong in it is told in a sentence."""
+"""A run's folder is read, and what is wrong in it is named in one sentence."""
 
 import json
 import shutil

@@ -7,7 +7,7 @@ import numpy as np
 from refalign_jax.report.figures import smoothed
 from refalign_jax.report.render import ABSENT, number
 from refalign_jax.report.run import Confusion, Evaluation, Sample
-from refalign_jax.report.sections import _by_subject, evaluation
+from refalign_jax.report.sections import by_subject, evaluation
 
 
 def sample(id, *subjects):
@@ -23,7 +23,7 @@ def test_every_subject_is_shown_early():
         sample("3", "c", "a"),
         sample("4", "b", "b"),
     ]
-    alone, several = _by_subject([*found, sample("5", "a"), sample("6", None)])
+    alone, several = by_subject([*found, sample("5", "a"), sample("6", None)])
     assert {name: [s.id for s in mine] for name, mine in alone.items()} == {"a": ["5"], "b": ["0", "4"]}
     assert [s.id for s in several] == ["3", "6", "1", "2"]
 
