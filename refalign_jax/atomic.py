@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,3 +44,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def first_line(error: Exception) -> str:
+    """The cause of an error in one line without a full stop, to be quoted in a sentence.
+
+    TensorStore's messages run over pages; where one quotes the operating system, that is the line.
+    """
+    line = (str(error).splitlines() or [type(error).__name__])[0].strip().rstrip(".")
+    quoted = re.search(r": ([^:]+) \[os_error_code", line)
+    return quoted[1] if quoted else line[:300]

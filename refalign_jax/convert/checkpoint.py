@@ -1,14 +1,18 @@
-"""Parameters in Orbax checkpoints: written, read as a whole or layer by layer, restored onto the devices."""
+"""Parameters in Orbax checkpoints: written, read as a whole or layer by layer, restored onto the devices.
+
+A checkpoint of parameters alone holds the items `params` and `config` (the ModelConfig as JSON). A checkpoint of a
+training run holds the same two, its `config` being the whole Config, beside others (see trainer/checkpoint.py); the
+functions here read both. Stacks of layers are stored in chunks of one layer, so that a layer can be read alone.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import dataclasses
 import math
 import os
-import re
-import sys
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
+from refalign_jax.atomic import first_line
 from refalign_jax.config import ModelConfig, from_dict
 from refalign_jax.convert.table import check
 from refalign_jax.trees import flatten
@@ -26,15 +31,15 @@ from refalign_jax.types import Params
 PathLike = str | os.PathLike[str]
 
 ARRAYS = ("params", "ema", "optimizer")
-"""Items that hold arrays; `ema` may be absent."""
+"""Items of a training run's checkpoint that hold arrays; `ema` may be absent."""
 
 JSONS = ("config", "progress")
-"""Items that are JSON."""
+"""Items of a training run's checkpoint that are JSON."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Unread:
-    """An array that `save_params` reads while it writes, layer by layer, so that it is never in memory as a whole.
+    """An array that `import_params` reads while it writes, layer by layer, so that it is never in memory as a whole.
 
     Attributes:
       shape: of the array.
@@ -57,25 +62,46 @@ def save_params(path: PathLike, params: Params, config: ModelConfig) -> None:
 
     Args:
       path: a folder that does not exist yet.
-      params: {"dit": …} with or without {"projectors": …}; jax arrays of any sharding, or all of them `Unread` (numpy
-        arrays work too, but Orbax copies those whole).
+      params: {"dit": …} with or without {"projectors": …}; jax arrays of any sharding, or numpy arrays.
       config: the model they belong to.
 
     Raises:
       ValueError: the folder exists.
     """
-    folder = _absolute(path)
-    if folder.exists():
-        raise ValueError(f"{folder} exists; it is not overwritten. Name another folder or remove it.")
-    unread = isinstance(jax.tree.leaves(params)[0], Unread)
-    with ocp.Checkpointer(_composite(unread)) as checkpointer:
+    folder = absolute(path)
+    _check_new(folder)
+    with ocp.Checkpointer(_composite()) as checkpointer:
         checkpointer.save(
             folder,
-            args=ocp.args.Composite(
-                params=_by_layer(params),
-                config=ocp.args.JsonSave(dataclasses.asdict(config)),
-            ),
+            args=ocp.args.Composite(params=save_by_layer(params), config=ocp.args.JsonSave(dataclasses.asdict(config))),
         )
+
+
+def import_params(path: PathLike, params: Mapping[str, Any], config: ModelConfig) -> None:
+    """As `save_params`, for parameters that are read while they are written, so that no stack is in memory as a whole.
+
+    Orbax writes a checkpoint that holds one layer of zeros for each stack. TensorStore then opens its arrays, grows
+    each to its number of layers and writes one layer after the other. Beyond the largest layer of the largest tensor
+    this takes memory, and room on the disk, for the zeros: MEASURED
+
+    Args:
+      path: a local folder that does not exist yet.
+      params: {"dit": …} with or without {"projectors": …}; the leaves are `Unread`.
+      config: the model they belong to.
+
+    Raises:
+      ValueError: the folder exists, or what `Unread.read` raises; nothing is left behind.
+    """
+    folder = absolute(path)
+    _check_new(folder)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        save_params(partial, jax.tree.map(_zeros, params), config)
+        jax.tree.map(_fill, _open_stores(partial, "params", write=True), params)
+        partial.rename(folder)
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(partial)
 
 
 def load_params(path: PathLike, ema: bool = False) -> tuple[dict[str, Any], ModelConfig]:
@@ -99,18 +125,7 @@ def open_params(path: PathLike, ema: bool = False) -> tuple[dict[str, Any], Mode
       The parameters as `tensorstore.TensorStore`s, whose numpy dtype is `array.dtype.numpy_dtype`; the model.
     """
     folder, item = find_checkpoint(path, ema)
-    base = os.fspath(folder / item)
-    base = base if "://" in base else f"file://{base}"
-
-    def opened(path: tuple[Any, ...], _: Any) -> Any:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        store = {"driver": "ocdbt", "base": f"{base}/", "path": f"{name}/"}
-        return ts.open({"driver": "auto", "kvstore": store}, read=True, open=True).result()
-
-    try:
-        return jax.tree_util.tree_map_with_path(opened, _shapes(folder, item)), read_model(folder)
-    except ValueError as error:
-        raise ValueError(f"{base} can't be read ({_first_line(error)}); the checkpoint is not whole.") from error
+    return _open_stores(folder, item), read_model(folder)
 
 
 def read_arrays(folder: PathLike, item: str) -> dict[str, Any]:
@@ -119,7 +134,7 @@ def read_arrays(folder: PathLike, item: str) -> dict[str, Any]:
     Raises:
       ValueError: it is missing or damaged.
     """
-    folder = _absolute(folder)
+    folder = absolute(folder)
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _shapes(folder, item))
     return _restore_item(folder, item, ocp.args.PyTreeRestore(restore_args=restore_args))
 
@@ -154,7 +169,7 @@ def restore_params(path: PathLike, shapes: Params, ema: bool = False) -> dict[st
 
 def find_checkpoint(path: PathLike, ema: bool = False) -> tuple[epath.Path, str]:
     """The folder of one checkpoint and which item of it holds the parameters; arguments as in `load_params`."""
-    folder = given = _absolute(path)
+    folder = given = absolute(path)
     if not given.is_dir():
         raise ValueError(f"{given} does not exist; a checkpoint is a folder.")
     if not (given / "config").is_dir():
@@ -180,7 +195,7 @@ def read_json(folder: PathLike, item: str) -> dict[str, Any]:
     Raises:
       ValueError: it is missing or damaged.
     """
-    return _restore_item(_absolute(folder), item, ocp.args.JsonRestore())
+    return _restore_item(absolute(folder), item, ocp.args.JsonRestore())
 
 
 def read_model(path: PathLike) -> ModelConfig:
@@ -193,56 +208,88 @@ def read_model(path: PathLike) -> ModelConfig:
     return from_dict(ModelConfig, values.get("model", values), str(path))
 
 
-class _UnreadHandler(ocp.type_handlers.NumpyHandler):
-    """Writes `Unread` arrays one after the other, a layer at a time; they look as if numpy arrays had been saved."""
+def array_handler() -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler of an item that holds arrays.
 
-    def __init__(self) -> None:
-        super().__init__(deepcopy_host_arrays=False)
-        self._turn = asyncio.Lock()
-
-    async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: ts.Context) -> None:
-        layers = range(value.shape[0]) if _is_stack(value) else [...]
-        async with self._turn:
-            store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-            for i in layers:
-                index = () if i is ... else (slice(i, i + 1),)
-                await store[index].write(value.read(index))
-
-
-def _is_stack(array: Any) -> bool:
-    """Whether this is a stack of matrices; what has two axes is a single one, or a stack of vectors, which is small."""
-    return len(array.shape) > 2
+    Weights hardly compress, and compressing them takes four times as long. Writing copies nothing, so it needs no
+    limit on the bytes in flight (with a limit, Orbax refuses any array that is larger).
+    """
+    numpy_arrays = (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
+    jax_arrays = (jax.Array, ocp.type_handlers.ArrayHandler())
+    return ocp.PyTreeCheckpointHandler(
+        use_compression=False,
+        save_concurrent_gb=None,
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(numpy_arrays, jax_arrays),
+    )
 
 
-def _by_layer(tree: Any) -> ocp.args.PyTreeSave:
-    """Saves arrays, stacks of matrices in chunks of one layer."""
+def save_by_layer(tree: Any) -> ocp.args.PyTreeSave:
+    """Orbax's arguments to save a tree of arrays, stacks of matrices in chunks of one layer."""
     args = jax.tree.map(lambda x: ocp.SaveArgs(shard_axes=(0,) if _is_stack(x) else ()), tree)
     return ocp.args.PyTreeSave(tree, save_args=args)
 
 
-def _arrays(unread: bool = False) -> ocp.PyTreeCheckpointHandler:
-    """Writes and reads arrays, or writes `Unread` ones.
-
-    Weights hardly compress, and compressing them costs four times the time. Writing copies nothing, so it needs no
-    limit on what is on its way (with one, Orbax refuses any array that is larger).
-    """
-    sys.unraisablehook = _without_late_callbacks
-    handlers = ocp.type_handlers.create_type_handler_registry((Unread, _UnreadHandler()))
-    more = {"type_handler_registry": handlers} if unread else {}
-    return ocp.PyTreeCheckpointHandler(use_compression=False, save_concurrent_gb=None, **more)
+def absolute(path: PathLike) -> epath.Path:
+    """A local path made absolute, as Orbax wants it; a remote one as it is."""
+    path = os.fspath(path)
+    return epath.Path(path if "://" in path else Path(path).absolute())
 
 
-def _composite(unread: bool = False) -> ocp.CompositeCheckpointHandler:
-    handlers: dict[str, Any] = {name: _arrays(unread) for name in ARRAYS}
+def _check_new(folder: epath.Path) -> None:
+    if folder.exists():
+        raise ValueError(f"{folder} exists; it is not overwritten. Name another folder or remove it.")
+
+
+def _is_stack(array: Any) -> bool:
+    """Whether this is a stack of matrices; what has two axes is one matrix, or a stack of vectors, which is small."""
+    return len(array.shape) > 2
+
+
+def _zeros(array: Unread) -> np.ndarray:
+    """Zeros in place of an array, of a stack of matrices its first layer alone; they take no memory."""
+    shape = (1, *array.shape[1:]) if _is_stack(array) else array.shape
+    return np.broadcast_to(np.zeros((), array.dtype), shape)
+
+
+def _fill(store: ts.TensorStore, array: Unread) -> None:
+    """Writes an array over the zeros that stand for it."""
+    if not _is_stack(array):
+        store.write(array.read(())).result()
+        return
+    store = store.resize(exclusive_max=array.shape, expand_only=True).result()
+    for layer in range(array.shape[0]):
+        index = (slice(layer, layer + 1),)
+        store[index].write(array.read(index)).result()
+
+
+def _open_stores(folder: epath.Path, item: str, write: bool = False) -> dict[str, Any]:
+    """Every array of an item as a `tensorstore.TensorStore`."""
+    base = os.fspath(folder / item)
+    base = base if "://" in base else f"file://{base}"
+
+    def opened(path: tuple[Any, ...], _: Any) -> ts.TensorStore:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        store = {"driver": "ocdbt", "base": f"{base}/", "path": f"{name}/"}
+        return ts.open({"driver": "auto", "kvstore": store}, read=True, write=write, open=True).result()
+
+    try:
+        return jax.tree_util.tree_map_with_path(opened, _shapes(folder, item))
+    except ValueError as error:
+        raise ValueError(f"{base} can't be read ({first_line(error)}); the checkpoint is not whole.") from error
+
+
+def _composite() -> ocp.CompositeCheckpointHandler:
+    """Orbax's handler of every item that a checkpoint of parameters or of a training run may have."""
+    handlers: dict[str, Any] = {name: array_handler() for name in ARRAYS}
     return ocp.CompositeCheckpointHandler(**handlers, **{name: ocp.JsonCheckpointHandler() for name in JSONS})
 
 
 def _shapes(path: epath.Path, item: str) -> dict[str, Any]:
     """Names, shapes and dtypes of an item's arrays."""
     try:
-        return _arrays().metadata(path / item).tree
+        return array_handler().metadata(path / item).tree
     except Exception as error:
-        raise ValueError(f"{path / item} can't be read ({_first_line(error)}); the checkpoint is not whole.") from error
+        raise ValueError(f"{path / item} can't be read ({first_line(error)}); the checkpoint is not whole.") from error
 
 
 def _restore_item(path: epath.Path, item: str, args: Any) -> Any:
@@ -250,25 +297,4 @@ def _restore_item(path: epath.Path, item: str, args: Any) -> Any:
         with ocp.Checkpointer(_composite()) as checkpointer:
             return checkpointer.restore(path, args=ocp.args.Composite(**{item: args}))[item]
     except Exception as error:
-        raise ValueError(f"{path / item} can't be read ({_first_line(error)}); the checkpoint is not whole.") from error
-
-
-def _absolute(path: PathLike) -> epath.Path:
-    path = os.fspath(path)
-    return epath.Path(path if "://" in path else Path(path).absolute())
-
-
-def _first_line(error: Exception) -> str:
-    """What went wrong: the operating system's word where TensorStore quotes it, else the error's first line."""
-    line = (str(error).splitlines() or [type(error).__name__])[0].strip().rstrip(".")
-    quoted = re.search(r": ([^:]+) \[os_error_code", line)
-    return quoted[1] if quoted else line[:300]
-
-
-def _without_late_callbacks(unraisable: Any) -> None:
-    """Drops what Python can't raise and would print as a traceback, where it says nothing that is not raised too.
-
-    When one file fails, Orbax closes its event loop, and operations on other files that end later complain of that.
-    """
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
+        raise ValueError(f"{path / item} can't be read ({first_line(error)}); the checkpoint is not whole.") from error

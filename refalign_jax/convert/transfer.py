@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from refalign_jax.convert.checkpoint import Unread, open_params, save_params
+from refalign_jax.convert.checkpoint import Unread, import_params, open_params
 from refalign_jax.convert.dit import Names, model_table
 from refalign_jax.convert.files import open_weights, write_weights
 from refalign_jax.convert.infer import infer_config, infer_names
@@ -32,7 +32,7 @@ def import_weights(weights: Path, checkpoint: Path, num_heads: int | None = None
         dtypes = [opened.dtypes[name] for name in leaf.entry.names]
         leaf.check_dtype(*dtypes)
         leaves[path] = Unread(leaf.shape, dtypes[0], leaf.__getitem__)
-    save_params(checkpoint, unflatten(leaves), config)
+    import_params(checkpoint, unflatten(leaves), config)
     return f"{count(leaves):,} parameters of {opened.source} are in {checkpoint}."
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from refalign_jax.convert.checkpoint import ARRAYS, JSONS, PathLike, _absolute, _arrays, _by_layer, _first_line
+from refalign_jax.atomic import first_line
+from refalign_jax.convert.checkpoint import ARRAYS, JSONS, PathLike, absolute, array_handler, save_by_layer
 from refalign_jax.types import Params
 
 
@@ -33,15 +34,15 @@ class Checkpoints:
     """
 
     def __init__(self, folder: PathLike, keep: int) -> None:
-        self.folder = _absolute(folder)
+        self.folder = absolute(folder)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        handlers: dict[str, Any] = {name: _arrays() for name in ARRAYS}
+        handlers: dict[str, Any] = {name: array_handler() for name in ARRAYS}
         handlers |= {name: ocp.JsonCheckpointHandler() for name in JSONS}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         except Exception as error:  # of the file system, local or not
-            reason = getattr(error, "strerror", None) or _first_line(error)
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise OSError(f"{self.folder} can't be written: {reason}.") from error
 
     @property
@@ -67,7 +68,7 @@ class Checkpoints:
         Raises:
           OSError: this or the previous checkpoint can't be written.
         """
-        items: dict[str, Any] = {name: _by_layer(tree) for name, tree in arrays.items()}
+        items: dict[str, Any] = {name: save_by_layer(tree) for name, tree in arrays.items()}
         items |= {"config": ocp.args.JsonSave(dict(config)), "progress": ocp.args.JsonSave(dict(progress))}
         self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
 
@@ -91,7 +92,7 @@ class Checkpoints:
             others = [s for s in self._manager.all_steps() if s < step]
             before = f"from step {max(others)}" if others else "from the beginning"
             raise ValueError(
-                f"{self.path(step)} can't be restored ({_first_line(error)}); remove that folder to go on {before}."
+                f"{self.path(step)} can't be restored ({first_line(error)}); remove that folder to go on {before}."
             ) from error
         return {name: restored[name] for name in shapes}, restored["progress"]
 
@@ -127,5 +128,5 @@ class Checkpoints:
             whole = [step for step in self._manager.all_steps() if (self.path(step) / "progress").exists()]
             good = f"the last good one is {self.path(max(whole))}" if whole else "there is no earlier one"
             raise OSError(
-                f"A checkpoint could not be written to {self.folder} ({_first_line(error)}); {good}."
+                f"A checkpoint could not be written to {self.folder} ({first_line(error)}); {good}."
             ) from error

@@ -16,7 +16,15 @@ from support.runs import MODEL, recipe
 
 from refalign_jax.config import AlignmentConfig, Config, MeshConfig, ModelConfig
 from refalign_jax.config.recipe import from_dict
-from refalign_jax.convert.checkpoint import Unread, find_checkpoint, load_params, open_params, read_json, save_params
+from refalign_jax.convert.checkpoint import (
+    Unread,
+    find_checkpoint,
+    import_params,
+    load_params,
+    open_params,
+    read_json,
+    save_params,
+)
 from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.files import open_weights, write_weights
 from refalign_jax.convert.load import initial_params
@@ -74,7 +82,7 @@ def test_layers_are_written_and_read_one_at_a_time(run, tmp_path, params):
     def unread(array):
         return Unread(array.shape, array.dtype, lambda index: indices.append(index) or array[index])
 
-    save_params(tmp_path / "p", jax.tree.map(unread, params), MODEL)
+    import_params(tmp_path / "p", jax.tree.map(unread, params), MODEL)
     assert {len(range(*index[0].indices(3))) for index in indices if index} == {1}
     assert equal(load_params(tmp_path / "p")[0], params)
     for folder in (tmp_path / "p", run[0]):
