@@ -24,7 +24,8 @@ from refalign_jax.command import run
 from refalign_jax.config import FIELDS, DataConfig, Storage
 from refalign_jax.data.examples import Example, Spec
 from refalign_jax.data.loader import make_loader
-from refalign_jax.data.shards import ShardSource, ShardWriter
+from refalign_jax.data.shard_writer import ShardWriter
+from refalign_jax.data.shards import ShardSource
 from refalign_jax.data.synthetic import SyntheticSource
 
 

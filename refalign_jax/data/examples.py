@@ -1,11 +1,11 @@
-"""The prepared example: what training reads of one clip, as arrays and as bytes.
+"""The prepared example: everything that training reads of one clip, as arrays and as bytes.
 
-Bytes are one safetensors blob: a header of names, shapes and dtypes, then the raw arrays, and under the metadata key
-`example` a JSON of id, prompt and whatever else the source tells. Readable from every framework, without pickle.
+The bytes are one safetensors blob, which every framework reads without pickle: a header of names, shapes and dtypes,
+then the raw arrays. The metadata key `example` has a JSON of id, prompt and the source's metadata.
 
-Arrays are stored in float32 or bfloat16. VFM targets may also be int8 with one scale a token, x̂ = s·q, s = max|x|/127,
-q = round(x/s): alignment compares directions alone, and rounding turns a Gaussian token of width 1,024 by an angle
-whose cosine is about 1 − 3e-5.
+Arrays are stored in float32 or bfloat16. VFM features may also be int8 with one scale per token: x̂ = s·q, s =
+max|x|/127, q = round(x/s). The alignment loss depends on directions only, and a Gaussian token of width 1,024 and its
+rounded form have a cosine of about 1 − 3e-5.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from refalign_jax.types import Float, Int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
-    """One training sample. R may be 0; text is unpadded.
+    """One training sample, without padding; R may be 0.
 
     Raises:
       ValueError: the id is empty, or shapes disagree with each other.
@@ -39,17 +39,17 @@ class Example:
     prompt: str
     """The caption that `text` embeds."""
     video_latents: Float[np.ndarray, "F H W C"]
-    """Normalised latents of the video, unit variance about."""
+    """Normalised latents of the video, of about unit variance."""
     reference_latents: Float[np.ndarray, "R H W C"]
-    """Normalised latents of each reference image, one latent frame each."""
+    """Normalised latents of the reference images, one latent frame each."""
     subject_ids: Int[np.ndarray, " R"]
-    """int32 ≥ 0; two views of one subject carry the same number."""
+    """int32, at least 0; two views of one subject have the same number."""
     text: Float[np.ndarray, "S text_width"]
-    """Embeddings of the prompt's tokens, without padding, S ≤ 512."""
+    """Embeddings of the prompt's tokens, 1 ≤ S ≤ 512."""
     vfm_features: Float[np.ndarray, "R P E"]
     """VFM tokens of each reference on the grid (H/2, W/2), row-major: P = H/2·W/2."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Anything JSON holds: source, pixel sizes, frames, where the references were cut."""
+    """Any JSON: source, frame numbers, where the references were cut."""
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -59,21 +59,24 @@ class Example:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-    """What every example of a dataset has in common, and the extremes of the rest."""
+    """What all examples of a dataset have in common, and the extremes of the rest."""
 
     num_examples: int
+    """Number of examples."""
     video_latents: tuple[int, int, int, int]
     """F, H, W, C."""
     text_width: int
+    """Width of the text embeddings."""
     vfm_width: int
+    """E."""
     longest_text: int
-    """Tokens of the longest prompt."""
+    """Number of tokens of the longest prompt."""
     most_references: int
-    """References of the example that has most."""
+    """Number of references of the example that has most."""
 
     @property
     def vfm_tokens(self) -> int:
-        """P, tokens of one reference: H/2·W/2."""
+        """P, the number of tokens of one reference: H/2·W/2."""
         return self.video_latents[1] // 2 * (self.video_latents[2] // 2)
 
 
@@ -81,7 +84,7 @@ def check_shapes(arrays: Mapping[str, np.ndarray], id: str) -> None:
     """Checks that an example's arrays fit each other.
 
     Args:
-      arrays: the four of `FIELDS` and `subject_ids`, by name, of the shapes that `Example` lists.
+      arrays: `FIELDS` and `subject_ids` by name, of the shapes that `Example` lists.
       id: the example's id, for the message.
 
     Raises:
@@ -114,10 +117,10 @@ def check_shapes(arrays: Mapping[str, np.ndarray], id: str) -> None:
 def quantize(
     features: Float[np.ndarray, "*tokens E"],
 ) -> tuple[Int[np.ndarray, "*tokens E"], Float[np.ndarray, "*tokens 1"]]:
-    """Rounds each token to int8 by a scale of its own.
+    """Rounds each token to int8 with a scale of its own.
 
     Returns:
-      q: int8 in [-127, 127]; scales: float32, max|x|/127 of each token, 0 for a token of zeros.
+      (q, scales): q is int8 in [-127, 127]; scales are float32, max|x|/127 of each token, 0 for a token of zeros.
     """
     values = np.asarray(features, np.float32)
     scales = np.abs(values).max(-1, keepdims=True) / np.float32(127)
@@ -125,7 +128,7 @@ def quantize(
 
 
 def cosines(a: Float[np.ndarray, "*tokens E"], b: Float[np.ndarray, "*tokens E"]) -> Float[np.ndarray, " tokens"]:
-    """Cosine of each token of `a` to its counterpart in `b`, float32 in [-1, 1]; 1 where both are zero."""
+    """Returns the cosine of each token of `a` to its counterpart in `b`, float32 in [-1, 1]; 1 where both are zero."""
     a, b = (np.asarray(x, np.float32).reshape(-1, x.shape[-1]) for x in (a, b))
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     same = (norms == 0) & np.all(a == b, axis=-1)
@@ -136,7 +139,7 @@ def encode(example: Example, storage: Storage) -> bytes:
     """Writes an example as one safetensors blob.
 
     Raises:
-      ValueError: a value that is not finite, or metadata that JSON does not hold.
+      ValueError: a value that is not finite, or metadata that is not JSON.
     """
     arrays: dict[str, np.ndarray] = {"subject_ids": example.subject_ids}
     for name in FIELDS:
@@ -158,10 +161,10 @@ def encode(example: Example, storage: Storage) -> bytes:
 def parse(blob: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Reads a blob without copying: the arrays are read-only views of it, in their stored dtypes.
 
-    `safetensors.numpy` copies every array and refuses bfloat16, hence these lines.
+    `safetensors.numpy` is not used, because it copies every array and refuses bfloat16.
 
     Returns:
-      arrays: `FIELDS`, `subject_ids`, and `vfm_scales` where the targets are int8; about: id, prompt, metadata.
+      (arrays, about): `FIELDS`, `subject_ids`, and `vfm_scales` where the VFM features are int8; id, prompt, metadata.
 
     Raises:
       ValueError: not a prepared example, or one whose shapes disagree.
@@ -185,10 +188,10 @@ def parse(blob: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def fill(out: np.ndarray, arrays: Mapping[str, np.ndarray], name: str) -> None:
-    """Copies one field into `out`, cast to its dtype and, for int8 targets, scaled back.
+    """Copies one field into `out`, cast to its dtype and, for int8 features, scaled back.
 
     Args:
-      out: float32 or the stored dtype; the first rows of the field, as many as `out` has, are copied.
+      out: float32 or the stored dtype; it receives as many rows as it has, from the field's first on.
       arrays: what `parse` returns.
       name: one of `FIELDS`.
     """
@@ -200,7 +203,7 @@ def fill(out: np.ndarray, arrays: Mapping[str, np.ndarray], name: str) -> None:
 
 
 def decode(blob: bytes) -> Example:
-    """Reads an example back; floating-point fields in float32.
+    """Reads an example back, with floating-point fields in float32.
 
     Raises:
       ValueError: not a prepared example.

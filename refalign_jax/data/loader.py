@@ -1,10 +1,10 @@
-"""Batches of prepared examples, by Grain: shuffled, padded, split over processes, exact on resume.
+"""Batches of prepared examples, through Grain: shuffled, padded, split over processes, exact on resume.
 
-The global order is a function of (seed, position) alone. Position p is epoch ⌊p/n⌋, place p mod n, and the place's
-example comes from a pseudo-random permutation of the n training examples that is seeded by seed + epoch. Global batch
-k holds the positions [k·B, (k+1)·B) after the start; process i of N takes rows [i·B/N, (i+1)·B/N) of it. So the order
-knows nothing of processes, workers or threads, and the iterator's whole state is the number of examples consumed:
-seeking is O(1), and a run may go on with another number of processes or another batch size.
+The global order is a function of (seed, position) alone. Position p is in epoch ⌊p/n⌋ at place p mod n, and a
+pseudo-random permutation of the n training examples, seeded by seed + epoch, maps the place to an example. Global batch
+k has the positions [k·B, (k+1)·B) after the start; process i of N takes rows [i·B/N, (i+1)·B/N) of it. So the order
+does not depend on processes, workers or threads, and the iterator's whole state is the number of examples consumed:
+seeking is O(1), and a run can continue with another number of processes or another batch size.
 
 The last `held_out` examples of a dataset never appear in training.
 """
@@ -33,38 +33,43 @@ from refalign_jax.data.examples import Spec, fill
 from refalign_jax.data.shards import CorruptRecordError
 from refalign_jax.types import Int
 
-Batch = dict[str, np.ndarray]
-"""What the loader gives, B rows of a process:
+Rows = dict[str, np.ndarray]
+"""A batch in the memory of one process, B rows of the global batch:
 
 video_latents [B,F,H,W,C] · reference_latents [B,R,H,W,C] · num_references [B] int32 · subject_ids [B,R] int32, -1 where
-padded · text [B,S,text_width] · vfm_features [B,R,P,E] · ids [B] str · index [B] int64, the example's place in the
-dataset. Padding is a suffix of zeros.
+padded · text [B,S,text_width] · vfm_features [B,R,P,E] · ids [B] str · index [B] int64, the example's number in the
+dataset. References and text are padded by a suffix of zeros.
 """
 
 _ENDLESS = 2**52
-"""Positions until the end; Grain divides lengths as floats, so `sys.maxsize` would not do."""
+"""Number of positions; not `sys.maxsize`, because Grain computes with lengths as floats."""
 
 logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """Random access to stored examples: `shards.ShardSource`, `synthetic.SyntheticSource`."""
+    """Random access to examples: `shards.ShardSource`, `synthetic.SyntheticSource`."""
 
     spec: Spec
+    """What the examples have in common."""
 
     def __len__(self) -> int:
         """Number of examples."""
         ...
 
     def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Returns arrays and metadata as `example.parse` does; raises CorruptRecordError."""
+        """Returns what `examples.parse` returns.
+
+        Raises:
+          CorruptRecordError: the example can't be read.
+        """
         ...
 
 
 class BatchIterator:
-    """An endless iterator over the batches of one process; see `Batch`.
+    """An endless iterator over the batches of one process, as `make_loader` returns it.
 
-    Made by `make_loader`. `close` ends its workers; a worker also ends by itself when this process is gone.
+    `close` ends its workers; a worker also ends by itself when this process is gone.
     """
 
     def __init__(
@@ -81,11 +86,11 @@ class BatchIterator:
         self._consumed = 0
         self._corrupt: set[str] = set()
         self._running: list[grain.DatasetIterator] = []
-        # Also at exit: Grain's own clean-up comes when half of Python is gone.
+        # This also runs at exit, before Grain's own clean-up, which comes when Python is half shut down.
         weakref.finalize(self, _close, self._running)
 
     def _start(self) -> grain.DatasetIterator:
-        """Builds Grain's pipeline from the present position on."""
+        """Builds Grain's pipeline from the current position on."""
         _keep_freed_memory()
         config = self._config
         rows = self._order[self._consumed : _ENDLESS].batch(config.batch_size // self._processes)
@@ -93,7 +98,7 @@ class BatchIterator:
         options = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
         pipeline = batches.to_iter_dataset(options)
         if config.num_workers:
-            # Grain reads its settings from absl flags, which a program that is no absl app never parses.
+            # Grain reads its settings from absl flags, which only absl apps parse.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             workers = grain.MultiprocessingOptions(num_workers=config.num_workers)
@@ -103,7 +108,7 @@ class BatchIterator:
     def __iter__(self) -> BatchIterator:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Rows:
         """Returns the next batch.
 
         Raises:
@@ -121,7 +126,7 @@ class BatchIterator:
                 raise ValueError(_too_many(message, self._config.max_corrupt))
         self._consumed += self._config.batch_size
         if self._config.num_workers:
-            # Out of shared memory: what a caller still holds at exit would otherwise be reported as leaked.
+            # Copied out of shared memory, or what a caller still has at exit would be reported as leaked.
             batch = {name: np.array(values) for name, values in batch.items()}
         return batch
 
@@ -130,10 +135,10 @@ class BatchIterator:
         return {"examples_consumed": self._consumed, **self._about}
 
     def set_state(self, state: Mapping[str, int]) -> None:
-        """Goes to a position that `get_state` gave, at any number of processes or workers and any batch size.
+        """Moves to a position that `get_state` returned, with any number of processes or workers and any batch size.
 
         Raises:
-          ValueError: the state belongs to another order: another seed, dataset size or split.
+          ValueError: the state belongs to another order, that is another seed, size of the dataset or split.
         """
         for name, value in self._about.items():
             if state.get(name) != value:
@@ -145,7 +150,7 @@ class BatchIterator:
         self._consumed = state["examples_consumed"]
 
     def close(self) -> None:
-        """Ends threads and workers; the next batch starts them anew."""
+        """Ends threads and workers; asking for another batch starts new ones."""
         _close(self._running)
 
 
@@ -159,18 +164,18 @@ def make_loader(
 ) -> BatchIterator:
     """Returns the batches of one process.
 
-    Training is shuffled anew each epoch and never ends, nor does it drop a remainder: an epoch's end and the next
-    one's begin share a batch. The held-out split is in written order, and held_out / batch_size batches are one pass.
+    Training is reshuffled every epoch and never ends. It drops no remainder: the end of an epoch and the beginning of
+    the next may share a batch. The held-out split is in written order; held_out / batch_size batches are one pass.
 
     Args:
-      config: see there.
-      source: the examples; `ShardSource(config.path)`, or synthetic ones.
+      config: batch size, padding, split and workers.
+      source: the examples, such as `ShardSource(config.path)`.
       split: "train", or "held_out", the last `config.held_out` examples.
       process_index: jax.process_index().
       process_count: jax.process_count().
 
     Raises:
-      ValueError: a batch that does not divide, fewer examples than held out, or text that would be cut.
+      ValueError: a batch that the processes do not divide, no examples in the split, or text that would be cut.
     """
     if config.batch_size % process_count:
         raise ValueError(f"data.batch_size is {config.batch_size}; {process_count} processes must divide it.")
@@ -194,13 +199,13 @@ def make_loader(
 
 
 class _Read:
-    """Reads the examples of one batch, each straight into its row, so that a thread holds one record at a time."""
+    """Reads the examples of a batch, each directly into its row, so a thread has one record in memory at a time."""
 
     def __init__(self, config: DataConfig, source: Source, first: int, size: int) -> None:
         self._config, self._source, self._first, self._size = config, source, first, size
 
     def __call__(self, places: Int[np.ndarray, " B"]) -> dict[str, Any]:
-        """Returns a `Batch` of the examples at these places of the split, and messages on corrupt records."""
+        """Returns `Rows` of the examples at these places in the split, and messages on corrupt records."""
         B, R = len(places), self._config.max_references
         corrupt: list[str] = []
         ids: list[str] = []
@@ -226,7 +231,7 @@ class _Read:
         return {**batch, "ids": np.array(ids), "corrupt": corrupt}
 
     def _readable(self, place: int, corrupt: list[str]) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
-        """The example at a place or, where its record is corrupt, at the next readable place of the split."""
+        """Returns the example at a place or, if its record is corrupt, at the next readable place in the split."""
         for step in range(self._size):
             index = self._first + (place + step) % self._size
             try:
@@ -237,8 +242,8 @@ class _Read:
                     break
         raise ValueError(_too_many(corrupt[-1], self._config.max_corrupt))
 
-    def _allocate(self, B: int, arrays: Mapping[str, np.ndarray]) -> Batch:
-        """Empty arrays of a batch; `arrays` tells dtypes and the widths that every example shares."""
+    def _allocate(self, B: int, arrays: Mapping[str, np.ndarray]) -> Rows:
+        """Returns empty arrays for a batch; `arrays` is any example, for dtypes and the shapes that all share."""
         R = self._config.max_references
         shapes = {
             "video_latents": arrays["video_latents"].shape,
@@ -252,24 +257,24 @@ class _Read:
 
 
 def _close(running: list[grain.DatasetIterator]) -> None:
-    """Closes the iterator in the list, if there is one, and lets go of it and all it refers to."""
+    """Closes the iterator in the list, if there is one, and frees everything that it refers to."""
     if running:
         running.pop().close()
-        gc.collect()  # Grain's iterators refer to each other in circles
+        gc.collect()  # Grain's iterators refer to each other in cycles
 
 
 def _too_many(message: str, limit: int) -> str:
-    """One sentence for the corrupt record that is one too many."""
+    """Returns the sentence for the corrupt record that is one too many."""
     return f"More than {limit} corrupt records (data.max_corrupt), the last: {message}"
 
 
 def _keep_freed_memory() -> None:
-    """Lets glibc keep up to 1 GiB of freed memory, in blocks up to 256 MiB, for the next record.
+    """Lets glibc keep up to 1 GiB of freed memory, in blocks of up to 256 MiB, for the next records.
 
-    By default it returns a record's memory to the kernel with each batch and takes it back page by page, which costs
-    twice the reading itself. Elsewhere than on glibc this does nothing.
+    By default glibc returns a record's memory to the kernel after each batch and gets it back page by page, which takes
+    twice as long as the reading itself. Without glibc this does nothing.
     """
-    trim_threshold, mmap_threshold = -1, -3  # mallopt's names for them
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         libc.mallopt(trim_threshold, 2**30)
@@ -277,21 +282,22 @@ def _keep_freed_memory() -> None:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Makes a worker leave with its parent and leave signals to it.
+    """Makes a worker end when its parent ends, and ignore signals, to which the parent reacts.
 
-    A parent that is killed can't stop its workers, so a thread waits for the parent's end. Grain starts workers from
-    a thread of its own, which rules out the kernel's parent-death signal: that one fires when the thread ends.
+    A parent that is killed can't stop its workers, so a thread in each worker waits for the parent's end. The kernel's
+    parent-death signal does not work here, because it is sent when the thread that started the worker ends, and Grain
+    starts workers from a thread of its own.
     """
     del index, count
     _keep_freed_memory()
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def leave_with_parent() -> None:
+    def end_with_parent() -> None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     # Ctrl-C and a preemption's SIGTERM reach the whole process group; the parent decides when the workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

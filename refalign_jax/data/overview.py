@@ -1,7 +1,7 @@
-"""What a prepared dataset holds, in lines and as a picture: the body of tools/overview.py.
+"""What a prepared dataset contains, as text and as a picture.
 
-Latents have no decoder here. The contact sheet shows their first three principal components as red, green and blue: a
-row an example, first the video's middle latent frame, then each reference on the same colour axes.
+The contact sheet needs no decoder: it shows latents as principal colours. It has one row per example, with the middle
+latent frame of the video and then each reference, in the same colours.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
+from refalign_jax.atomic import atomic_write
 from refalign_jax.config import FIELDS
+from refalign_jax.data.colours import principal_colours
 from refalign_jax.data.examples import fill
-from refalign_jax.data.shards import Manifest, ShardSource, read_manifest
+from refalign_jax.data.manifest import Manifest, read_manifest
+from refalign_jax.data.shards import ShardSource
 from refalign_jax.data.shards import verify as check_shards
-from refalign_jax.types import Float
 
 
 def describe(manifest: Manifest) -> str:
-    """Returns the lines that tell counts, shapes, dtypes, references and text lengths."""
+    """Returns lines on counts, shapes, dtypes, references and text lengths."""
     shards, spec = manifest.shards, manifest.spec
     F, H, W, C = spec.video_latents
     shapes = {
@@ -49,23 +51,8 @@ def describe(manifest: Manifest) -> str:
     return "\n".join(lines)
 
 
-def principal_colours(frames: Float[np.ndarray, "N H W C"]) -> Float[np.ndarray, "N H W rgb"]:
-    """Projects latents to their first three principal components, common to all frames, each scaled into [0, 1].
-
-    The scale runs from the 1st to the 99th percentile; fewer than three channels leave black.
-    """
-    pixels = frames.reshape(-1, frames.shape[-1])
-    centred = pixels - pixels.mean(0)
-    _, axes = np.linalg.eigh(centred.T @ centred)
-    components = centred @ axes[:, ::-1][:, :3]
-    low, high = np.percentile(components, [1, 99], axis=0)
-    colours = np.zeros((len(pixels), 3), np.float32)
-    colours[:, : components.shape[1]] = np.clip((components - low) / np.maximum(high - low, 1e-6), 0, 1)
-    return colours.reshape(*frames.shape[:-1], 3)
-
-
 def contact_sheet(source: ShardSource, rows: int) -> Figure:
-    """Draws `rows` examples, evenly spread over the dataset.
+    """Draws `rows` examples, spread evenly over the dataset.
 
     Raises:
       ValueError: one of them can't be read.
@@ -94,13 +81,16 @@ def contact_sheet(source: ShardSource, rows: int) -> Figure:
 def inspect_dataset(
     dataset: Annotated[str, tyro.conf.Positional], /, *, verify: bool = False, out: Path | None = None, rows: int = 6
 ) -> None:
-    """Says what a prepared dataset holds.
+    """Prints what a prepared dataset contains.
 
     Args:
       dataset: its folder, local or gs://.
-      verify: read every shard and compare it with the manifest's SHA-256.
-      out: write a contact sheet PNG here.
-      rows: examples on the contact sheet.
+      verify: read every shard and compare its SHA-256 with the manifest's.
+      out: PNG file to write a contact sheet to.
+      rows: number of examples on the contact sheet.
+
+    Raises:
+      ValueError: no such dataset, one whose shards are not as they were written, or a file that can't be a PNG.
     """
     manifest = read_manifest(dataset)
     print(describe(manifest))
@@ -112,5 +102,7 @@ def inspect_dataset(
     if out is not None:
         if out.suffix != ".png" or not out.parent.is_dir() or rows < 1:
             raise ValueError(f"--out {out} with --rows {rows}: name a .png in a folder that exists, and 1 row or more.")
-        contact_sheet(ShardSource(dataset), rows).savefig(out)
+        figure = contact_sheet(ShardSource(dataset), rows)
+        with atomic_write(out) as temporary:
+            figure.savefig(temporary, format="png")
         print(f"wrote       {out}")

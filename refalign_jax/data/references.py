@@ -1,12 +1,13 @@
 """A subject cut out of an image and put on white, as the DiT and the VFM see references.
 
-The cut-out is scaled to fit height x width with its aspect kept and centred; everything else is white. References cut
-from the clip that they condition are altered, so that copying them is no way to a low loss:
+The cut-out is scaled to fit height x width, keeping its aspect, and centred; everything else is white. References cut
+from the clip that they condition are augmented, so that copying them does not lower the loss:
 
     source ──flip, rotation and shear, perspective──▸ · ──scale to fit, centre──▸ · ──scale, shift──▸ canvas
 
-one homography, applied once. So a turned subject is still whole, but for what scale 1.1 and shift 5% push over the
-edge. Brightness and colour change before the subject is laid on white, and the white stays white.
+one homography, applied once. Because the scale to fit comes after the turn, a turned subject stays whole, except for
+what a scale of 1.1 and a shift of 5% push over the edge. Brightness and colour are changed before the subject is laid
+on white, so the white stays white.
 """
 
 from __future__ import annotations
@@ -18,38 +19,59 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from refalign_jax.config import AugmentConfig
-from refalign_jax.data.video import Box, cut_out
+from refalign_jax.data.records import Reference
+from refalign_jax.data.video import Box, cut_out, read_frames, read_image, read_mask
 from refalign_jax.types import Bool, Float
 
 _MARGIN = 2
 """White pixels around a cut-out while it is warped, so that its border is interpolated towards white."""
 
 
-def prepare_reference(
-    image: UInt8[np.ndarray, "a b 3"],
+def load_reference(
+    reference: Reference,
     height: int,
     width: int,
     *,
-    mask: Bool[np.ndarray, "a b"] | None = None,
-    box: Box | None = None,
     augment: AugmentConfig | None = None,
     rng: np.random.Generator | None = None,
-    what: str = "the image",
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Puts a subject on a white canvas.
+    """Reads a reference and puts it on white.
 
     Args:
-      image: RGB.
+      reference: the files and regions; it is augmented where it was cut from the clip that it conditions.
       height: rows of the canvas.
       width: columns of the canvas.
-      mask: true on the subject; None takes all of it.
-      box: where the subject is; by default where the mask is, else the whole image.
-      augment: how to alter it; None not at all.
-      rng: draws the alterations; needed with `augment` alone.
-      what: the image's name, for messages.
+      augment: how to augment it; None for not at all.
+      rng: draws the augmentation; required with `augment`.
 
     Returns:
       RGB.
+
+    Raises:
+      ValueError: a file can't be read, the mask has another size than the image or is empty, or a box reaches outside.
+    """
+    path, frame, mask = reference.path, reference.frame, reference.mask
+    image = read_image(path) if frame is None else read_frames(path, [frame])[0]
+    image = cut_out(image, reference.crop, str(path))
+    subject = cut_subject(
+        image, mask if mask is None or isinstance(mask, np.ndarray) else read_mask(mask), reference.box, str(path)
+    )
+    return put_on_white(*subject, height, width, augment if reference.own_clip else None, rng)
+
+
+def cut_subject(
+    image: UInt8[np.ndarray, "a b 3"], mask: Bool[np.ndarray, "a b"] | None, box: Box | None, what: str = "the image"
+) -> tuple[UInt8[np.ndarray, "c d 3"], Bool[np.ndarray, "c d"]]:
+    """Cuts the rectangle around a subject out of an image.
+
+    Args:
+      image: RGB.
+      mask: true on the subject; None for all pixels.
+      box: the rectangle; None for the extent of the mask.
+      what: the image's name, for messages.
+
+    Returns:
+      The pixels of the rectangle, and which of them are the subject.
 
     Raises:
       ValueError: the mask has another size than the image or is empty, or the box reaches outside.
@@ -63,17 +85,29 @@ def prepare_reference(
         raise ValueError(f"The mask of {what} is empty{'' if box is None else ' inside the box'}.")
     if box is None:
         used_rows, used_columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
-        around = slice(used_rows[0], used_rows[-1] + 1), slice(used_columns[0], used_columns[-1] + 1)
-        cut, inside = cut[around], inside[around]
+        extent = slice(used_rows[0], used_rows[-1] + 1), slice(used_columns[0], used_columns[-1] + 1)
+        cut, inside = cut[extent], inside[extent]
+    return cut, inside
+
+
+def put_on_white(
+    cut: UInt8[np.ndarray, "c d 3"],
+    inside: Bool[np.ndarray, "c d"],
+    height: int,
+    width: int,
+    augment: AugmentConfig | None = None,
+    rng: np.random.Generator | None = None,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Fits a subject into a white canvas; arguments as `cut_subject` returns them and `load_reference` takes them."""
     if augment is not None:
-        assert rng is not None, "alterations need a generator"
+        assert rng is not None, "augmentation needs a generator"
         cut = _recolour(cut, augment, rng)
     cut = np.where(inside[..., None], cut, np.uint8(255))
     scale = min(height / cut.shape[0], width / cut.shape[1])
     size = (max(round(cut.shape[1] * scale), 1), max(round(cut.shape[0] * scale), 1))
     fitted = Image.fromarray(cut).resize(size, Image.Resampling.BICUBIC)  # Lanczos would ring into the white
-    canvas = Image.new("RGB", (width, height), (255, 255, 255))
     if augment is None:
+        canvas = Image.new("RGB", (width, height), (255, 255, 255))
         canvas.paste(fitted, ((width - size[0]) // 2, (height - size[1]) // 2))
         return np.asarray(canvas)
     assert rng is not None
@@ -95,7 +129,7 @@ def prepare_reference(
 def _recolour(
     pixels: UInt8[np.ndarray, "a b 3"], config: AugmentConfig, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "a b 3"]:
-    """Changes the brightness by a factor, then each channel by an offset."""
+    """Multiplies the brightness by a random factor, then adds a random offset to each channel."""
     factor = rng.uniform(*config.brightness)
     offset = 255 * rng.uniform(-config.colour, config.colour, 3)
     return np.clip(np.rint(pixels * factor + offset), 0, 255).astype(np.uint8)
@@ -104,14 +138,14 @@ def _recolour(
 def _homography(
     corners: Float[np.ndarray, "4 2"], height: int, width: int, config: AugmentConfig, rng: np.random.Generator
 ) -> Float[np.ndarray, "3 3"]:
-    """Draws the map from the cut-out's (x, y) to the canvas's.
+    """Draws the map from (x, y) in the cut-out to (x, y) on the canvas.
 
     Args:
-      corners: of the cut-out: left top, right top, left bottom, right bottom.
+      corners: the cut-out's left top, right top, left bottom and right bottom.
       height: rows of the canvas.
       width: columns of the canvas.
-      config: ranges.
-      rng: draws.
+      config: the ranges to draw from.
+      rng: the generator.
     """
     flip = -1.0 if rng.random() < config.flip else 1.0
     angle = math.radians(rng.uniform(-config.rotation, config.rotation))
@@ -136,7 +170,7 @@ def _homography(
 
 
 def _solve(source: Float[np.ndarray, "4 2"], target: Float[np.ndarray, "4 2"]) -> Float[np.ndarray, "3 3"]:
-    """The homography that takes four points to four others, of which no three lie on a line."""
+    """Returns the homography that maps four points to four others; no three of them lie on a line."""
     rows, values = [], []
     for (x, y), (u, v) in zip(source.tolist(), target.tolist(), strict=True):
         rows += [[x, y, 1, 0, 0, 0, -u * x, -u * y], [0, 0, 0, x, y, 1, -v * x, -v * y]]

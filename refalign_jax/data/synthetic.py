@@ -1,7 +1,7 @@
-"""Examples of any shape out of nothing, for performance work without data; they carry no meaning.
+"""Examples of random numbers in any shape, for performance work without data.
 
-Every array is a stretch of one Gaussian pool, at an offset that index and field decide, so an example costs no more
-than a read from memory and is the same in every process.
+Every array is a slice of one pool of Gaussian numbers, at an offset that depends on index and field. So an example
+costs no more than a read from memory and is the same in every process.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import numpy as np
 from refalign_jax.data.examples import Spec
 
 _OFFSETS = 65_537
-"""Distinct starts in the pool, a prime: stepping by any number visits all of them."""
+"""Number of distinct starts in the pool; a prime, so that steps of any size visit all of them."""
 
 
 class SyntheticSource:
-    """Random access to examples made from (seed, index), in bfloat16; a `loader.Source`.
+    """Random access to examples made from (seed, index), in bfloat16; implements `loader.Source`.
 
     Args:
-      spec: their number and shapes. Example i has `spec.longest_text` text tokens and `spec.most_references`
-        references, each a subject of its own.
-      seed: of the pool.
+      spec: number and shapes of the examples. Every example has `spec.longest_text` text tokens and
+        `spec.most_references` references, each a subject of its own.
+      seed: seed of the pool.
     """
 
     def __init__(self, spec: Spec, seed: int = 0) -> None:
@@ -47,7 +47,7 @@ class SyntheticSource:
         return self.spec.num_examples
 
     def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Returns arrays and metadata in the form of `example.parse`; read-only views."""
+        """Returns arrays and metadata in the form of `examples.parse`; the arrays are views of the pool."""
         arrays: dict[str, np.ndarray] = {"subject_ids": np.arange(self.spec.most_references, dtype=np.int32)}
         for field, (name, shape) in enumerate(self._shapes.items()):
             start = (40_503 * (4 * index + field)) % _OFFSETS

@@ -1,6 +1,6 @@
-"""Video and image files to RGB pixels, and frames to MP4.
+"""Video and image files to RGB pixels, and frames or latents to MP4.
 
-Pixels are uint8 in [0, 255] on the way to and from files, and v = p/127.5 − 1 in [-1, 1] for the networks.
+Files give and take pixels p, uint8 in [0, 255]; networks take values v = p/127.5 − 1 in [-1, 1].
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from refalign_jax.atomic import atomic_write
+from refalign_jax.encoders.interface import VideoCodec
 from refalign_jax.types import Bool, Float
 
 Box = tuple[int, int, int, int]
-"""Left, top, right, bottom in pixels; right and bottom are the first that lie outside."""
-
+"""Left, top, right, bottom in pixels; right and bottom are the first column and row outside."""
 
 _UNBIASED = 2 | 0x2000 | 0x40000
-"""FFmpeg's SWS_BILINEAR, SWS_FULL_CHR_H_INT and SWS_ACCURATE_RND: its fast path to RGB is a level too dark."""
+"""FFmpeg's SWS_BILINEAR, SWS_FULL_CHR_H_INT and SWS_ACCURATE_RND; its faster default is one grey level too dark."""
 
 
 def to_float(pixels: UInt8[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
@@ -62,21 +63,21 @@ def cut_out(image: np.ndarray, box: Box | None, what: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoInfo:
-    """What a video file's container tells without decoding."""
+    """What a video file's container says without decoding."""
 
     num_frames: int
-    """Frames it holds."""
+    """Number of frames."""
     fps: float
     """Frames a second on average; 0 where the file does not say."""
 
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Opens a file and its first video stream; what FFmpeg finds wrong becomes one sentence."""
+    """Opens a file and its first video stream; errors of FFmpeg become one sentence."""
     if not Path(path).is_file():
         raise ValueError(f"{path} does not exist; expected a video.")
     try:
-        # Other people's metadata is not always UTF-8.
+        # Metadata is not always UTF-8.
         with av.open(os.fspath(path), metadata_errors="replace") as container:
             if not container.streams.video:
                 raise ValueError(f"{path} has no video stream.")
@@ -86,7 +87,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[av.container.InputCo
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
-    """Counts a video's frames by reading its packets, because containers are often wrong about their number.
+    """Counts a video's frames by reading its packets, because containers often state a wrong number.
 
     Raises:
       ValueError: no such file, not a video, or one whose end is missing.
@@ -102,7 +103,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
 def read_frames(
     path: str | os.PathLike[str], numbers: Sequence[int] | np.ndarray, crop: Box | None = None
 ) -> UInt8[np.ndarray, "N h w 3"]:
-    """Decodes chosen frames, turned upright where the file asks for it.
+    """Decodes chosen frames, and turns them upright where the file has a rotation.
 
     Args:
       path: a video in any format that FFmpeg decodes.
@@ -113,7 +114,7 @@ def read_frames(
       RGB in the order of `numbers`.
 
     Raises:
-      ValueError: the file can't be decoded, ends before a frame that is asked for, holds damage in one, or is smaller
+      ValueError: the file can't be decoded, ends before a frame that is asked for, is damaged in one, or is smaller
         than the crop.
     """
     wanted = [int(number) for number in numbers]
@@ -142,7 +143,7 @@ def read_frames(
 def write_video(
     path: str | os.PathLike[str], frames: UInt8[np.ndarray, "T h w 3"], fps: float, quality: int = 18
 ) -> None:
-    """Writes an MP4 (H.264, 4:2:0, BT.709): the same bytes for the same frames; whole or not at all.
+    """Writes an MP4 (H.264, 4:2:0, BT.709), with the same bytes for the same frames.
 
     Args:
       path: the file to write, replaced if it exists.
@@ -163,34 +164,55 @@ def write_video(
         raise ValueError(f"{path}: frames are {frames.shape[1]}x{frames.shape[2]}; H.264 wants even rows and columns.")
     if fps <= 0:
         raise ValueError(f"{path}: fps is {fps}; it must be above 0.")
-    partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
-    try:
-        # Bit-exact leaves out the versions of FFmpeg and x264; one thread, because more change the bits.
-        options = {"fflags": "+bitexact", "movflags": "+faststart"}
-        with av.open(os.fspath(partial), "w", format="mp4", options=options) as container:
-            stream = container.add_stream("libx264", rate=fractions.Fraction(fps).limit_denominator(1001))
-            stream.height, stream.width = frames.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            stream.options = {"crf": str(quality), "preset": "medium"}
-            context = stream.codec_context
-            context.thread_count = 1
-            context.flags |= av.codec.context.Flags.bitexact
-            # 1 is BT.709 in the three tables of ITU-T H.273, and limited range in FFmpeg's.
-            context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
-            for array in frames:
-                frame = av.VideoFrame.from_ndarray(array, format="rgb24")
-                container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
-            container.mux(stream.encode())
-        partial.replace(path)
-    except (av.error.FFmpegError, OSError) as error:
-        raise OSError(f"{path} can't be written: {error.strerror or error}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(path) as temporary:
+        try:
+            _encode(os.fspath(temporary), frames, fps, quality)
+        except av.error.FFmpegError as error:
+            raise OSError(error.errno, error.strerror) from error
+
+
+def write_latents(
+    paths: Sequence[Path], latents: Float[np.ndarray, "B F H W C"], codec: VideoCodec, fps: float
+) -> None:
+    """Decodes latents and writes an MP4 for each.
+
+    Args:
+      paths: the files to write, one per video.
+      latents: normalised.
+      codec: decodes them.
+      fps: frames a second.
+
+    Raises:
+      ValueError: the codec has another number of channels.
+      OSError: a file can't be written.
+    """
+    for path, frames in zip(paths, to_pixels(codec.decode(latents)), strict=True):
+        write_video(path, frames, fps)
+
+
+def _encode(path: str, frames: UInt8[np.ndarray, "T h w 3"], fps: float, quality: int) -> None:
+    """Encodes frames into a file; raises FFmpeg's errors."""
+    # Bit-exact mode leaves out the versions of FFmpeg and x264; more than one thread would change the bits.
+    options = {"fflags": "+bitexact", "movflags": "+faststart"}
+    with av.open(path, "w", format="mp4", options=options) as container:
+        stream = container.add_stream("libx264", rate=fractions.Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": str(quality), "preset": "medium"}
+        context = stream.codec_context
+        context.thread_count = 1
+        context.flags |= av.codec.context.Flags.bitexact
+        # 1 is BT.709 in the three tables of ITU-T H.273, and limited range in FFmpeg's.
+        context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
+        for array in frames:
+            frame = av.VideoFrame.from_ndarray(array, format="rgb24")
+            container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
+        container.mux(stream.encode())
 
 
 @contextlib.contextmanager
 def _image(path: str | os.PathLike[str], what: str) -> Iterator[Image.Image]:
-    """Opens an image, upright by its EXIF; what Pillow finds wrong becomes one sentence."""
+    """Opens an image, turned upright by its EXIF; errors of Pillow become one sentence."""
     try:
         with Image.open(path) as file:
             yield ImageOps.exif_transpose(file)
@@ -203,7 +225,7 @@ def _image(path: str | os.PathLike[str], what: str) -> Iterator[Image.Image]:
 
 
 def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads an image in any format that Pillow knows, upright by its EXIF; transparent pixels become white.
+    """Reads an image in any format that Pillow knows, turned upright by its EXIF; transparent pixels become white.
 
     Raises:
       ValueError: no such file, or not a whole image.
@@ -220,8 +242,9 @@ def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
 def read_mask(path: str | os.PathLike[str]) -> Bool[np.ndarray, "h w"]:
     """Reads a mask, true on the subject.
 
-    A pixel counts that is at least half as bright as the brightest one, or half as opaque where opacity varies: so 0
-    and 1, 0 and 255 and a palette's colours are all read as they are meant. A black mask is empty.
+    The subject is the pixels at least half as bright as the brightest one or, where opacity varies, half as opaque as
+    the most opaque one. So masks of 0 and 1, of 0 and 255, and of two colours of a palette are all read as intended. A
+    black mask is empty.
 
     Raises:
       ValueError: no such file, or not a whole image.

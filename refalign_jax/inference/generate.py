@@ -32,9 +32,10 @@ from refalign_jax.convert.checkpoint import find_checkpoint, read_json
 from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.infer import infer_config
 from refalign_jax.convert.load import initial_params
-from refalign_jax.data.prepare import load_reference
-from refalign_jax.data.records import Reference, check_fields, check_text, read_lines
-from refalign_jax.data.shards import read_manifest
+from refalign_jax.data.json_lines import check_fields, check_text, read_lines
+from refalign_jax.data.manifest import read_manifest
+from refalign_jax.data.records import Reference
+from refalign_jax.data.references import load_reference
 from refalign_jax.data.sources.jsonl import parse_references
 from refalign_jax.data.video import to_float, to_pixels, write_video
 from refalign_jax.encoders.open import (

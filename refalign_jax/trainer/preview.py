@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from refalign_jax.config import Config
-from refalign_jax.data.overview import principal_colours
+from refalign_jax.data.colours import principal_colours
 from refalign_jax.data.video import to_pixels, write_video
 from refalign_jax.encoders.interface import VideoCodec
 from refalign_jax.objective import Batch

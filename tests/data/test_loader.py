@@ -13,12 +13,13 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from data.test_example import FLOAT32, make
+from support.examples import FLOAT32, make
 
 from refalign_jax.config import DataConfig, Storage
 from refalign_jax.data.examples import Spec, cosines
 from refalign_jax.data.loader import make_loader
-from refalign_jax.data.shards import ShardSource, ShardWriter
+from refalign_jax.data.shard_writer import ShardWriter
+from refalign_jax.data.shards import ShardSource
 from refalign_jax.data.synthetic import SyntheticSource
 
 SPEC = Spec(

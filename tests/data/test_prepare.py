@@ -11,11 +11,12 @@ from support.footage import panned, photograph, write_records
 
 import refalign_jax.data.prepare as prepare_module
 from refalign_jax.config import DataConfig, PrepareConfig, Storage
-from refalign_jax.data.clips import resize_and_crop
+from refalign_jax.data.clips import Clip, load_clip, resize_and_crop
 from refalign_jax.data.loader import make_loader
-from refalign_jax.data.prepare import Clip, load, prepare
+from refalign_jax.data.manifest import read_manifest
+from refalign_jax.data.prepare import prepare
 from refalign_jax.data.records import Record, Reference, Skipped
-from refalign_jax.data.shards import ShardSource, read_manifest
+from refalign_jax.data.shards import ShardSource
 from refalign_jax.data.sources.jsonl import read_jsonl
 from refalign_jax.data.video import to_float, write_video
 from refalign_jax.encoders.open import reopen_video_codec
@@ -262,7 +263,7 @@ def test_frames_crops_and_references_out_of_videos(tmp_path):
         ),
         metadata={"key": 1},
     )
-    clip = load(record, SMALL)
+    clip = load_clip(record, SMALL)
     assert isinstance(clip, Clip)
     assert clip.metadata["frames"][0] == 2  # 7 frames there, spread evenly
     assert clip.metadata["frames"][-1] == 8
@@ -274,7 +275,7 @@ def test_frames_crops_and_references_out_of_videos(tmp_path):
     assert (plain[:, 20:40] < 250).any(-1).mean() > 0.9
     truth = photograph("cat")[:, :64].mean((0, 1))
     np.testing.assert_allclose(image[:, 16:48].mean((0, 1)), truth, atol=3)
-    short = load(dataclasses.replace(record, frames=(9, 99)), SMALL)
+    short = load_clip(dataclasses.replace(record, frames=(9, 99)), SMALL)
     assert isinstance(short, Skipped)
     assert "has 3 frames of the clip" in short.detail
 

@@ -7,7 +7,7 @@ import pytest
 from support.footage import photograph
 
 from refalign_jax.config import AugmentConfig
-from refalign_jax.data.references import prepare_reference
+from refalign_jax.data.references import cut_subject, put_on_white
 
 STILL = AugmentConfig(
     flip=0,
@@ -20,6 +20,10 @@ STILL = AugmentConfig(
     brightness=(1, 1),
     colour=0,
 )
+
+
+def on_white(image, height, width, *, mask=None, box=None, augment=None, rng=None, what="the image"):
+    return put_on_white(*cut_subject(image, mask, box, what), height, width, augment, rng)
 
 
 def block(height=40, width=60, colour=(200, 30, 60)):
@@ -36,7 +40,7 @@ def extent(image):
 
 def augmented(image, seed, mask=None, **changes):
     config = dataclasses.replace(STILL, **changes)
-    return prepare_reference(image, 64, 96, mask=mask, augment=config, rng=np.random.default_rng(seed))
+    return on_white(image, 64, 96, mask=mask, augment=config, rng=np.random.default_rng(seed))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +48,7 @@ def augmented(image, seed, mask=None, **changes):
     [((40, 60), (0, 64, 0, 96)), ((20, 80), (20, 44, 0, 96)), ((80, 40), (0, 64, 32, 64)), ((9, 9), (0, 64, 16, 80))],
 )
 def test_subject_is_fitted_and_centred(shape, expected):
-    out = prepare_reference(block(*shape), 64, 96)
+    out = on_white(block(*shape), 64, 96)
     assert (out.shape, out.dtype) == ((64, 96, 3), np.uint8)
     assert extent(out) == expected
     top, bottom, left, right = expected
@@ -57,41 +61,40 @@ def test_mask_cuts_out_and_its_bounds_are_fitted():
     image, mask = photograph("cat"), np.zeros((96, 128), bool)
     mask[30:62, 20:52] = True
     mask[46:, 36:] &= False
-    out = prepare_reference(image, 64, 96, mask=mask)
+    out = on_white(image, 64, 96, mask=mask)
     assert extent(out)[:2] == (0, 64)
     assert (out[35:, 51:] == 255).all()  # the quarter that is not the subject
     assert (out[:, :16] == 255).all()
-    box = prepare_reference(image, 64, 96, box=(20, 30, 52, 62))
+    box = on_white(image, 64, 96, box=(20, 30, 52, 62))
     assert np.abs(out[2:30, 18:46].astype(int) - box[2:30, 18:46]).max() <= 1
-    both = prepare_reference(image, 64, 96, mask=mask, box=(10, 30, 74, 62))
+    both = on_white(image, 64, 96, mask=mask, box=(10, 30, 74, 62))
     np.testing.assert_allclose(extent(both)[2:], (15, 63), atol=1)  # the box is fitted; the mask is in 10 to 42 of 64
 
 
 def test_what_does_not_fit_is_told():
     image = photograph("cat")
     with pytest.raises(ValueError, match=r"The mask of cat\.png is 96x128, the image 128x96\."):
-        prepare_reference(image, 64, 96, mask=np.ones((128, 96), bool), what="cat.png")
+        on_white(image, 64, 96, mask=np.ones((128, 96), bool), what="cat.png")
     with pytest.raises(ValueError, match=r"The mask of cat\.png is empty\."):
-        prepare_reference(image, 64, 96, mask=np.zeros((96, 128), bool), what="cat.png")
+        on_white(image, 64, 96, mask=np.zeros((96, 128), bool), what="cat.png")
     corner = np.zeros((96, 128), bool)
     corner[0, 0] = True
     with pytest.raises(ValueError, match=r"is empty inside the box\."):
-        prepare_reference(image, 64, 96, mask=corner, box=(5, 5, 9, 9))
+        on_white(image, 64, 96, mask=corner, box=(5, 5, 9, 9))
     with pytest.raises(ValueError, match=r"right 129, bottom 9 does not fit"):
-        prepare_reference(image, 64, 96, box=(5, 5, 129, 9))
+        on_white(image, 64, 96, box=(5, 5, 129, 9))
 
 
 def test_no_alteration_changes_nothing():
     image = photograph("cat", 64, 96)
-    np.testing.assert_array_equal(prepare_reference(image, 64, 96), image)
+    np.testing.assert_array_equal(on_white(image, 64, 96), image)
     np.testing.assert_allclose(augmented(image, 0).astype(int), image, atol=1)
 
 
 def test_alterations_come_from_the_generator_alone():
     config = AugmentConfig()
     images = [
-        prepare_reference(photograph("cat"), 64, 96, augment=config, rng=np.random.default_rng(seed))
-        for seed in (1, 1, 2)
+        on_white(photograph("cat"), 64, 96, augment=config, rng=np.random.default_rng(seed)) for seed in (1, 1, 2)
     ]
     np.testing.assert_array_equal(images[0], images[1])
     assert np.abs(images[0].astype(int) - images[2]).mean() > 5

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data.test_example import FLOAT32, assert_same, make
+from support.examples import FLOAT32, assert_same, make
 
 from refalign_jax.config import Storage
 from refalign_jax.data.examples import decode, encode
-from refalign_jax.data.shards import MANIFEST, CorruptRecordError, ShardSource, ShardWriter, read_manifest, verify
+from refalign_jax.data.manifest import MANIFEST, read_manifest
+from refalign_jax.data.shard_writer import ShardWriter
+from refalign_jax.data.shards import CorruptRecordError, ShardSource, verify
 
 MADE = {"encoders": {"video": "dct"}, "command": "test"}
 

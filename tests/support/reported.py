@@ -10,7 +10,7 @@ from PIL import Image
 
 from refalign_jax.config import Config, DataConfig, OptimizerConfig, Storage, SyntheticConfig, TrainConfig
 from refalign_jax.data.examples import Example
-from refalign_jax.data.shards import ShardWriter
+from refalign_jax.data.shard_writer import ShardWriter
 from refalign_jax.data.video import write_video
 from refalign_jax.provenance import about
 from refalign_jax.trainer.checkpoint import Checkpoints

@@ -23,7 +23,7 @@ from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.files import write_weights
 from refalign_jax.convert.table import published_shapes, to_published
 from refalign_jax.data.examples import Example
-from refalign_jax.data.shards import ShardWriter
+from refalign_jax.data.shard_writer import ShardWriter
 from refalign_jax.sharding import make_mesh
 from refalign_jax.trainer import loop as training
 from refalign_jax.trainer import preflight

@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from refalign_jax.config import Storage
+from refalign_jax.data.colours import principal_colours
 from refalign_jax.data.examples import Example
-from refalign_jax.data.overview import describe, inspect_dataset, principal_colours
-from refalign_jax.data.shards import ShardWriter, read_manifest
+from refalign_jax.data.manifest import read_manifest
+from refalign_jax.data.overview import describe, inspect_dataset
+from refalign_jax.data.shard_writer import ShardWriter
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

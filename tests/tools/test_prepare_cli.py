@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from support.footage import write_records
 
-from refalign_jax.data.shards import ShardSource, read_manifest, verify
+from refalign_jax.data.manifest import read_manifest
+from refalign_jax.data.shards import ShardSource, verify
 
 ROOT = Path(__file__).parents[2]
 STAND_INS = ("--vae", "dct", "--text-encoder", "words", "--vfm", "daisy")

@@ -31,7 +31,8 @@ from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.table import to_ours, to_published
 from refalign_jax.data.examples import Example
 from refalign_jax.data.loader import BatchIterator, make_loader
-from refalign_jax.data.shards import ShardSource, ShardWriter
+from refalign_jax.data.shard_writer import ShardWriter
+from refalign_jax.data.shards import ShardSource
 from refalign_jax.initial import model_shapes
 from refalign_jax.objective import objective
 from refalign_jax.sharding import make_mesh, replicated

@@ -1,1 +1,1 @@
-"""Sources of records: one file a data set."""
+"""Sources of records, one file per kind of data set."""

@@ -1,4 +1,10 @@
-"""Records of one's own, a JSONL file."""
+"""Your own data: a JSONL file with one clip per line.
+
+    {"video": "clips/cat.mp4", "prompt": "A cat walks over grass.",
+     "references": [{"image": "cat.png", "mask": "cat_mask.png", "subject": "cat"}]}
+
+`mask` and `subject` are optional. Paths are relative to the folder of the file.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +13,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from refalign_jax.data.records import Record, Reference, check_fields, check_text, read_lines
+from refalign_jax.data.json_lines import check_fields, check_text, read_lines
+from refalign_jax.data.records import Record, Reference
 
 _FIELDS = {"video": True, "prompt": True, "references": True}
 _REFERENCE_FIELDS = {"image": True, "subject": False, "mask": False}
-"""Fields of a line and of a reference in it; whether they must be there."""
+"""The fields of a line and of a reference in it, and whether each is required."""
 
 
 def read_jsonl(path: str | Path) -> list[Record]:
-    """Reads a JSONL file of records, in the form that this module describes.
+    """Reads a JSONL file of records in the form that this module describes.
 
     A record's id is the video's name and eight digits of a hash of the line's content, so it does not depend on the
-    line's place.
+    line's number.
 
     Raises:
-      ValueError: no such file, no line in it, or a line that is not in this form.
+      ValueError: no such file, a file without lines, a line in another form, or two equal lines.
     """
     path = Path(path)
     records: dict[str, Record] = {}
@@ -37,7 +44,12 @@ def read_jsonl(path: str | Path) -> list[Record]:
 
 
 def parse_references(entries: Any, where: str, folder: Path) -> tuple[Reference, ...]:
-    """Reads the field `references` of a line; paths in it are relative to `folder`.
+    """Reads the field `references` of a line.
+
+    Args:
+      entries: the field's value.
+      where: file and line, for messages.
+      folder: what the paths in it are relative to.
 
     Raises:
       ValueError: it is not a list of {"image", "subject"?, "mask"?}.

@@ -1,0 +1,66 @@
+"""JSONL files, one JSON object per line, and checks of the fields in them; each fault is one sentence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yields the number, from 1, and the value of each line of a JSONL file; empty lines are skipped.
+
+    Raises:
+      ValueError: no such file, or a line that is not JSON.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` would also cut at U+2028
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} can't be read as UTF-8 text: {getattr(error, 'strerror', None) or error}.") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+        yield number, value
+
+
+def check_fields(value: Any, known: Mapping[str, bool], where: str) -> None:
+    """Checks that a value is an object with all required fields and no unknown ones.
+
+    Args:
+      value: the value.
+      known: the fields' names, and whether each is required.
+      where: file and line, for the message.
+
+    Raises:
+      ValueError: it is not.
+    """
+    form = "{" + ", ".join(f'"{name}"' + ("" if needed else "?") for name, needed in known.items()) + "}"
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {value!r:.60}; it must be an object {form}.")
+    missing = [name for name, needed in known.items() if needed and name not in value]
+    unknown = [name for name in value if name not in known]
+    if missing:
+        raise ValueError(f"{where} has no field {missing[0]!r}; it must be {form}.")
+    if unknown:
+        raise ValueError(f"{where} has the unknown field {unknown[0]!r}; it must be {form}.")
+
+
+def check_text(value: Any, name: str, where: str, empty: bool = False) -> None:
+    """Checks that a field is a string.
+
+    Args:
+      value: the field's value.
+      name: the field's name, for the message.
+      where: file and line, for the message.
+      empty: whether the empty string is allowed.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if not isinstance(value, str) or not (value or empty):
+        raise ValueError(f"{where}: {name} is {value!r:.60}; it must be a string{'' if empty else ' and not empty'}.")
