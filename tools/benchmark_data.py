@@ -2,10 +2,10 @@
 
     python tools/benchmark_data.py --examples 32
 
-Writes synthetic examples of METHOD.md's training shape (21x60x104x16 video latents, three references, 512 text tokens,
-VFM width 1,024) into a temporary folder, reads them once so that the page cache is warm, and prints the rates in
-examples a second, round by round, and the ratios of their medians. One process. The source alone is read first as it
-comes, then, in turn with the loader, in the same process with the loader's setting of malloc (see
+Writes synthetic examples of the training shape of docs/method.md (21x60x104x16 video latents, three references, 512
+text tokens, VFM width 1,024) into a temporary folder, reads them once so that the page cache is warm, and prints the
+rates in examples a second, round by round, and the ratios of their medians. One process. The source alone is read first
+as it comes, then, in turn with the loader, in the same process with the loader's setting of malloc (see
 `loader._keep_freed_memory`), in one thread and in as many as the loader has.
 """
 

@@ -18,7 +18,7 @@ def main(
     """Computes every value in a folder again, prints a table, exits 1 if one falls short.
 
     Args:
-      folder: config.json, values.npz and weights in the form the README describes.
+      folder: config.json, values.npz and weights in the form that docs/verify.md describes.
       out: file (.npz) that receives our values under the same names.
       profile: float32, or 16bit for values made in bfloat16 (ours are then computed in it too).
     """

@@ -187,7 +187,7 @@ def make_loader(
     if source.spec.longest_text > config.text_length:
         raise ValueError(
             f"data.text_length is {config.text_length}, but the longest prompt has {source.spec.longest_text} tokens; "
-            f"it must be at least that, and METHOD's {MAX_TEXT_LENGTH} keeps the published context."
+            f"it must be at least that, and the published context has {MAX_TEXT_LENGTH}."
         )
     first = 0 if split == "train" else len(source) - config.held_out
     order = grain.MapDataset.range(size)

@@ -15,7 +15,7 @@ def verify(folder: Path, profile: Profile = "float32") -> Report:
     """Computes and compares all that `folder` holds.
 
     Args:
-      folder: config.json, values.npz and weights; see the README, "Cross-framework verification".
+      folder: config.json, values.npz and weights; see docs/verify.md.
       profile: tolerances and our compute dtype; `16bit` computes in bfloat16.
 
     Raises:

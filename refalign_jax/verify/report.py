@@ -21,7 +21,7 @@ TOLERANCES: Mapping[Profile, Mapping[Kind, float]] = {
     "float32": {"forward": 1e-5, "scalar": 1e-5, "gradient": 1e-4, "update": 5e-3, "sample": 1e-4, "decode": 1e-4},
     "16bit": {"forward": 2e-2, "scalar": 2e-2, "gradient": 1e-1, "update": 5e-1, "sample": 1e-1, "decode": 5e-2},
 }
-"""Most relative error by kind of value. float32 is that of shared/golden; 16bit is for values made in bfloat16."""
+"""Most relative error by kind of value. float32 is for values made in float32; 16bit is for values made in bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True)
