@@ -69,17 +69,17 @@ def parse(arguments: list[str]) -> Command:
 def main(arguments: list[str]) -> int:
     """Parses, compiles, prints; returns 1 where nothing fits."""
     command = parse(arguments)
-    from refalign_jax.perf import ahead, hlo
+    from refalign_jax.perf import ahead, hlo, tables
 
     if command.compare:
         texts = [(folder / ahead.HLO_FILE).read_text() for folder in command.compare]
         print("\n".join(hlo.compare(*texts)))
         return 0
     if command.table:
-        print(ahead.table([report for path in command.table for report in _read(path)]))
+        print(tables.table([report for path in command.table for report in _read(path)]))
         return 0
     if command.parameters:
-        print(ahead.parameter_table(command.recipe, command.topology))
+        print(tables.parameter_table(command.recipe, command.topology))
         return 0
     if not command.topology:
         raise ValueError("Name a topology, as in: tools/compile.py --config configs/tiny.py --topology v5e:2x2.")
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
         reports = []
         for report in ahead.sweep(command.recipe, command.topology, command.step):
             reports.append(report)
-            print(ahead.summary(report), end="\n\n", flush=True)
+            print(tables.summary(report), end="\n\n", flush=True)
             _write(command.json, reports)
         reports = ahead.ranked(reports)
         print(f"{len(reports)} fit; the fastest by its bounds first:")
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> int:
         return int(not reports)
     flags = XLA_FLAGS["tpu"] if command.flags else {}
     report = ahead.compile_ahead(command.recipe, command.topology, command.step, command.dump, flags)
-    print(ahead.summary(report))
+    print(tables.summary(report))
     _write(command.json, report)
     return int(not report["fits"])
 

@@ -1,6 +1,6 @@
-"""Compilation for TPU topologies on a host without a TPU: what is told is right, what can't be is refused.
+"""Compilation for TPU topologies on a host without a TPU: reports are right, impossible settings are refused.
 
-The TPU compiler runs where libtpu is installed; without it those tests are skipped.
+The tests that compile are skipped where libtpu is not installed.
 """
 
 import dataclasses
@@ -14,9 +14,12 @@ import pytest
 from support.places import ROOT, TESTS, environment
 
 from refalign_jax.config import Config, MeshConfig, ModelConfig, wan_14b
+from refalign_jax.devices import chip
 from refalign_jax.initial import model_shapes
 from refalign_jax.perf import hlo
-from refalign_jax.perf.ahead import _needed, candidates, parameter_table, ranked, summary, table
+from refalign_jax.perf.ahead import bounds, candidates, known_chip, needed_gib, ranked
+from refalign_jax.perf.tables import parameter_table, summary, table
+from refalign_jax.sharding import make_mesh
 from refalign_jax.trees import count
 
 COMMAND = [sys.executable, str(ROOT / "tools/compile.py"), "--config", str(TESTS / "support/ahead_recipe.py")]
@@ -61,7 +64,7 @@ def test_no_token_sequence_is_gathered_and_no_score_matrix_exists(compiled):
 
 
 @needs_libtpu
-def test_what_does_not_fit_is_told_with_what_it_needs(tmp_path):
+def test_what_does_not_fit_is_reported_with_what_it_needs(tmp_path):
     big = ("--synthetic.latent-grid", "41", "96", "96", "--data.batch-size", "64", "--model.dit.remat", "none")
     done = run("--topology", "v5e:2x2", *big, "--json", str(tmp_path / "report.json"))
     assert done.returncode == 1, done.stderr
@@ -73,9 +76,9 @@ def test_what_does_not_fit_is_told_with_what_it_needs(tmp_path):
 
 
 def test_what_compilers_say_of_memory():
-    assert _needed("Ran out of memory in memory space hbm. Used 17.07G of 15.75G hbm.") == 17.07
-    assert _needed("total memory required for HLO temporaries (1.5T) exceeds available HBM (95.73G)") == 1536
-    assert _needed("another failure") is None
+    assert needed_gib("Ran out of memory in memory space hbm. Used 17.07G of 15.75G hbm.") == 17.07
+    assert needed_gib("total memory required for HLO temporaries (1.5T) exceeds available HBM (95.73G)") == 1536
+    assert needed_gib("another failure") is None
 
 
 @needs_libtpu
@@ -124,8 +127,24 @@ def test_candidates_fit_chips_batch_and_heads():
     assert all(math.prod(size) == 64 and 8 % size[0] == 0 and 40 % (size[1] * size[2]) == 0 for size in sizes)
 
 
+def test_a_chip_that_the_table_does_not_have_is_refused_in_a_sentence():
+    with pytest.raises(ValueError, match="'cpu', whose peak, memory and bandwidth are not in CHIPS"):
+        known_chip(make_mesh(MeshConfig()), "v99:1x1")
+
+
+def test_bounds_are_of_compute_and_links():
+    moved = hlo.Collectives(count={"all-gather": 2}, received={"all-gather": 10**9})
+    found = bounds(moved, tflops=459.0, known=chip("TPU v5"))
+    assert found == {
+        "collectives": {"all-gather": {"count": 2, "gb": 1.0}},
+        "bound_seconds": {"compute": 1.0, "links": round(2 / 1200, 4)},
+        "bound_by": "compute",
+    }
+
+
 def test_what_fits_is_ranked_by_its_bounds():
     def report(name, fits, compute, links):
+        """As reports were before the estimate of memory traffic was removed."""
         return {"name": name, "fits": fits, "bound_seconds": {"compute": compute, "links": links, "memory": 99}}
 
     reports = [report("a", True, 3, 1), report("b", False, 1, 1), report("c", True, 2, 2.5), report("d", True, 1, 4)]

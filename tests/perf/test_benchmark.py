@@ -1,4 +1,4 @@
-"""Measuring, by the trainer's own pieces: what is told adds up, and operations find their scopes."""
+"""Benchmarks made of the trainer's own parts: figures add up, and operations find their scopes."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from support.runs import recipe
 from refalign_jax import flops
 from refalign_jax.config import Config, DataConfig, Plan
 from refalign_jax.perf import benchmark, gpu_check
-from refalign_jax.perf.benchmark import attention_difference, by_scope, phase_of, scope_of
+from refalign_jax.perf.profile import by_scope, phase_of, scope_of
 from tools import benchmark as command
 
 TINY = str(ROOT / "configs/tiny.py")
@@ -49,12 +49,12 @@ def test_two_settings_of_training_in_turns(config):
     assert json.loads(json.dumps(results)).keys() == {"a", "b"}
     text = "\n".join(benchmark.lines("b", results["b"]))
     assert "MFU" in text
-    assert "time over the first's" in text
+    assert "time relative to the first" in text
     assert "self_attention" in text
 
 
-def test_what_a_gpu_has_to_stand_is_judged(config, golden, monkeypatch):
-    """Without one: everything runs, and what a CPU can't do is said."""
+def test_the_checks_for_a_gpu(config, golden, monkeypatch):
+    """Without a GPU: everything runs, and what a CPU cannot do is reported."""
     monkeypatch.setattr(gpu_check, "TOKENS", 64)
     measured = benchmark.measure
 
@@ -75,11 +75,11 @@ def test_what_a_gpu_has_to_stand_is_judged(config, golden, monkeypatch):
         "cuDNN forward and backward, remat none": False,
         "train step: MFU of at least 45%": False,
     }
-    assert not gpu_check._kernels(("cudnn", "xla")).passed
+    assert not gpu_check.compare_kernels(("cudnn", "xla")).passed
 
 
 def test_kernels_are_compared_where_keys_count():
-    assert attention_difference(("xla", "xla"), 64, heads=2, head_width=8) == (0.0, 0.0)
+    assert gpu_check.attention_difference(("xla", "xla"), 64, heads=2, head_width=8) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+"""Reports of `ahead` as text: a summary, a Markdown table, and the table of a model's parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+
+from refalign_jax.config import AttentionTiles, Config
+from refalign_jax.initial import model_shapes
+from refalign_jax.perf.ahead import BOUNDS, topology_mesh
+from refalign_jax.sharding import AXES, param_spec
+from refalign_jax.trees import flatten
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """Returns a report as lines of text."""
+    axes = " ".join(f"{name} {size}" for name, size in report["mesh"].items())
+    sizes, work = report["memory_gib"], report["tflops"]
+    policy = report["remat"] + (" + offload" if report["offload"] else "")
+    lines = [
+        f"{report['step']} step, {report['parameters'] / 1e9:.2f}e9 parameters, on {report['topology']}"
+        + (f" x {report['slices']}" if report["slices"] > 1 else "")
+        + f": {report['chips']} {report['chip']}",
+        f"mesh         {axes}; batch {report['batch']}; remat {policy}; residual {report['residual_dtype']}",
+        "memory       " + ", ".join(f"{name.replace('_', ' ')} {size:.2f}" for name, size in sizes.items()) + " GiB",
+        f"fits         {'yes' if report['fits'] else 'no'}"
+        + (f", {100 * report['spare']:.1f}% to spare" if "spare" in report else ""),
+        f"FLOPs        {work['model']:,.0f} T model, {work['hardware']:,.0f} T with what is computed twice; "
+        f"{work['hardware_a_chip']:,.1f} T per chip",
+    ]
+    if "collectives" in report:
+        listed = [f"{kind} {c['count']} ({c['gb']:.2f} GB)" for kind, c in report["collectives"].items()]
+        seconds = [f"{name} {report['bound_seconds'][name]:.2f}" for name in BOUNDS]
+        lines += [
+            f"collectives  {', '.join(listed) or 'none'}, per chip and step",
+            f"seconds      at least {', '.join(seconds)}; bound by {report['bound_by']}",
+        ]
+    busy = f" ({report['compile_cpu_seconds']:.0f} s of CPU time)" if "compile_cpu_seconds" in report else ""
+    libtpu = report["about"]["versions"]["libtpu"]
+    lines.append(
+        f"compiled in  {report['compile_seconds']:.0f} s{busy}, lowered in {report['lower_seconds']:.0f} s, by libtpu "
+        f"{libtpu}"
+    )
+    return "\n".join(lines)
+
+
+def table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Returns reports as a Markdown table, one per row."""
+    names = ("step", "batch, latents, references", "mesh", "remat, tiles", "GiB a chip", "spare", "repeated FLOPs")
+    rows: list[Sequence[str]] = [
+        (*names, "compute, links at least", "CPU time to compile"),
+        ("---",) * (len(names) + 2),
+    ]
+    for report in reports:
+        work, sizes = report["tflops"], report["memory_gib"]
+        slices = f" x {report['slices']}" if report["slices"] > 1 else ""
+        policy = f"`{report['remat']}`" + (" + offload" if report["offload"] else "")
+        policy += ", 16-bit stream" if report["residual_dtype"] == "bfloat16" else ""
+        usual = dataclasses.asdict(AttentionTiles())
+        policy += "".join(f", {name} {value}" for name, value in report["tiles"].items() if value != usual[name])
+        seconds = report.get("bound_seconds")
+        rows.append(
+            (
+                f"{report['step']}, {report['parameters'] / 1e9:.1f}e9 on {report['topology']}{slices}"
+                + (", with flags" if report["flags"] else ""),
+                f"{report['batch']}, {'x'.join(map(str, report['latent_grid']))}, {report['references']}",
+                ", ".join(f"{name} {size}" for name, size in report["mesh"].items() if size > 1),
+                policy if report["step"] == "train" else "",
+                f"{sizes['total']:.1f} of {sizes['chip']:.2f}",
+                f"{100 * report['spare']:.1f}%" if report["fits"] else "does not fit",
+                f"{100 * (work['hardware'] / work['model'] - 1):.0f}%",
+                f"{seconds['compute']:.1f} s, {seconds['links']:.1f} s" if seconds else "",
+                f"{report['compile_cpu_seconds']:.0f} s" if "compile_cpu_seconds" in report else "",
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def parameter_table(config: Config, topology: str = "") -> str:
+    """Returns a table of every parameter's shape, how it is split, and its bytes per device in float32.
+
+    Args:
+      config: model and mesh.
+      topology: see `topology_mesh`; if empty, the mesh has as many devices as its axes multiply to.
+    """
+    if topology:
+        mesh: Any = topology_mesh(config.mesh, topology)
+    else:
+        sizes = (config.mesh.data or 1, config.mesh.fsdp, config.mesh.context, config.mesh.tensor)
+        mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    rows, total = [], 0
+    for path, x in flatten(model_shapes(config.model)).items():
+        spec = param_spec(path, x.shape, mesh)
+        held = 4
+        for size in NamedSharding(mesh, spec).shard_shape(x.shape):
+            held *= size
+        total += held
+        split = ", ".join("·".join(a) if isinstance(a, tuple) else a or "-" for a in spec) or "whole"
+        rows.append((path, str(list(x.shape)), split, f"{held:,}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    lines = [f"{p:{widths[0]}}  {s:{widths[1]}}  {a:{widths[2]}}  {b:>{widths[3]}}" for p, s, a, b in rows]
+    return "\n".join([*lines, f"{total:,} bytes per device in float32; moments take twice that, an EMA once more."])
