@@ -49,9 +49,9 @@ def summary(report: Mapping[str, Any]) -> str:
 
 def table(reports: Sequence[Mapping[str, Any]]) -> str:
     """Returns reports as a Markdown table, one per row."""
-    names = ("step", "batch, latents, references", "mesh", "remat, tiles", "GiB a chip", "spare", "repeated FLOPs")
+    names = ("step", "batch, latents, references", "mesh", "remat, tiles", "GiB per chip", "spare", "recomputed FLOPs")
     rows: list[Sequence[str]] = [
-        (*names, "compute, links at least", "CPU time to compile"),
+        (*names, "lower bounds: compute, links", "CPU time to compile"),
         ("---",) * (len(names) + 2),
     ]
     for report in reports:
