@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from refalign_jax.config.checks import check_range, check_values
 
@@ -22,11 +19,12 @@ class DemoConfig:
     samples: int = 64
     """Held-out captions that are sampled, at most `data.held_out`."""
     seeds: int = 3
-    """Pairs of runs in the comparison."""
-    steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: the recipe's)")] = None
-    """Steps of training."""
+    """Seeds of the comparison; each trains a run with alignment and a run without."""
+    steps: int = 0
+    """Steps of training; 0, as many as the recipe has."""
 
     def __post_init__(self) -> None:
         """Refuses a demo of nothing."""
         check_values(self)
-        check_range(self, "clips", "samples", "seeds", "steps", least=1)
+        check_range(self, "clips", "samples", "seeds", least=1)
+        check_range(self, "steps", least=0)

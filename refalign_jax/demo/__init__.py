@@ -1,1 +1,1 @@
-"""The demo: photographs learned and sampled on a CPU, with numbers that say how well."""
+"""The demo: a small model is trained on moving photographs on a CPU, sampled and scored."""

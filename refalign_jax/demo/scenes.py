@@ -1,20 +1,20 @@
-"""The demo's records: photographs that scikit-image and scikit-learn carry, moved over photographic backgrounds.
+"""The demo's clips: photographs from scikit-image and scikit-learn that move over photographic backgrounds.
 
-Everything lies on a grid of 6 x 6 cells of 16 pixels, each one token of the DiT behind a codec of stride 8. A subject
-is a square photograph of 3 x 3 cells; a reference shows it on white, at the very size and place that it has when the
-clip begins. It rests or moves by one cell a latent frame, in a jump between two of them, so that every latent frame
-shows it at rest. That makes the demo small enough for a CPU: to show a subject is to copy nine tokens out of its
-reference, and the caption tells how far they move.
+Everything lies on a grid of 6 x 6 cells of 16 pixels; a cell is one token of the DiT behind a codec of stride 8. A
+subject is a square photograph of 3 x 3 cells. Its reference shows it on white, at the size and the position that it has
+in the first frame of the clip. The subject rests, or moves by one cell per latent frame, in a jump between two latent
+frames, so that it rests within each. That makes the demo small enough for a CPU: to show a subject, the model copies
+nine tokens from its reference, and the caption says how far they move.
 
-The stand-in text encoder knows words, but not their order. So a place is one word, one of two subjects is in the upper
-half and the first to be named, and moves of the second have words of their own: else nobody could tell whose they are.
+The stand-in text encoder knows words, but not their order. Therefore a position is one word; of two subjects, the one
+in the upper half is named first; and the movements of the second have their own words. Otherwise a caption could not
+say which movement belongs to which subject.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from tqdm import tqdm
 
+from refalign_jax.atomic import atomic_write
 from refalign_jax.data.records import Record, Reference
 from refalign_jax.data.video import Box, write_video
 
 CELL = 16
-"""Side of a cell in pixels: a token, two latent pixels of stride 8."""
+"""Side of a cell in pixels: one token, two latent pixels of stride 8."""
 GRID = 6
 """Cells along a side of the frame."""
 SIZE = 3
@@ -39,11 +40,11 @@ LATENT_FRAMES = 3
 NUM_FRAMES = 4 * (LATENT_FRAMES - 1) + 1
 FPS = 8
 QUALITY = 8
-"""x264's rate factor of the clips: of no visible loss, and playable everywhere, as lossless files are not."""
+"""x264's constant rate factor: no visible loss, and unlike lossless files playable everywhere."""
 
 
 def _bundled(name: str) -> UInt8[np.ndarray, "h w 3"]:
-    """A photograph that lies in scikit-image's package but has no function that needs no download."""
+    """Reads a photograph of scikit-image that its functions would download, although the package contains it."""
     return np.asarray(Image.open(Path(skimage.data.__file__).parent / name).convert("RGB"))
 
 
@@ -63,7 +64,7 @@ SUBJECTS: dict[str, _Source] = {
     "helmet": (skimage.data.astronaut, (270, 320, 462, 512)),
     "tissue": (skimage.data.immunohistochemistry, (180, 260, 432, 512)),
 }
-"""Each a photograph and the square of it that shows the subject."""
+"""A photograph for each subject, and the square in it that shows the subject."""
 
 BACKGROUNDS: dict[str, _Source] = {
     "bricks": (skimage.data.brick, (0, 0, 150, 150)),
@@ -72,16 +73,16 @@ BACKGROUNDS: dict[str, _Source] = {
     "moon": (skimage.data.moon, (60, 60, 260, 260)),
     "wood": (skimage.data.coffee, (0, 0, 130, 130)),
 }
-"""Each a photograph and the square of it that fills the frame."""
+"""A photograph for each background, and the square in it that fills the frame."""
 
 HALVES = {"upper": 0, "lower": GRID - SIZE}
-"""Row of a subject's first cell."""
+"""Row of a subject's upper left cell."""
 
 COLUMNS = ("left", "mid-left", "mid-right", "right")
-"""Names of the columns, from 0, in which a subject's first cell can be."""
+"""Names of the columns, from 0, in which a subject's upper left cell can be."""
 
 MOVES = {"still": 0, "left": -1, "right": 1}
-"""Columns a latent frame."""
+"""Columns per latent frame."""
 
 _FIRST = {"still": "stays", "left": "moves left", "right": "moves right"}
 _SECOND = {"still": "rests", "left": "drifts leftwards", "right": "drifts rightwards"}
@@ -89,41 +90,41 @@ _SECOND = {"still": "rests", "left": "drifts leftwards", "right": "drifts rightw
 
 @dataclasses.dataclass(frozen=True)
 class Actor:
-    """A subject on its way through a clip."""
+    """A subject and its movement through a clip."""
 
     subject: str
     half: str
     """One of `HALVES`."""
     column: int
-    """Of its first cell in the first latent frame, from 0."""
+    """Column of its upper left cell in the first latent frame, from 0."""
     move: str
     """One of `MOVES`."""
 
     def cell(self, latent_frame: int) -> tuple[int, int]:
-        """Row and column of its first cell in a latent frame."""
+        """Row and column of its upper left cell in a latent frame."""
         return HALVES[self.half], self.column + latent_frame * MOVES[self.move]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """All that a clip shows."""
+    """The content of a clip."""
 
     actors: tuple[Actor, ...]
-    """One, or one in the upper half and one in the lower."""
+    """One actor, or one in the upper half and one in the lower."""
     background: str
 
     def caption(self) -> str:
-        """Who, where it starts, how it moves, over what: no two scenes have one caption."""
-        told = [
+        """Describes the scene; different scenes have different captions."""
+        parts = [
             f"the {actor.subject} starts {actor.half}-{COLUMNS[actor.column]} and {moves[actor.move]}"
             for actor, moves in zip(self.actors, (_FIRST, _SECOND), strict=False)
         ]
-        return f"T{', '.join(told)[1:]}, over the {self.background}."
+        return f"T{', '.join(parts)[1:]}, over the {self.background}."
 
 
 @functools.cache
 def photograph(name: str, side: int) -> UInt8[np.ndarray, "side side 3"]:
-    """A subject or a background at `side` x `side` pixels; not to be written to."""
+    """A subject or a background at `side` x `side` pixels. The array is cached: do not write to it."""
     read, box = (SUBJECTS | BACKGROUNDS)[name]
     square = Image.fromarray(np.asarray(read())).convert("RGB").crop(box)
     return np.asarray(square.resize((side, side), Image.Resampling.LANCZOS))
@@ -139,27 +140,27 @@ def frames(scene: Scene) -> UInt8[np.ndarray, "T h w 3"]:
 
 
 def region(actor: Actor, latent_frame: int) -> tuple[slice, slice]:
-    """Rows and columns of pixels that an actor covers in a latent frame."""
+    """Rows and columns of the pixels that an actor covers in a latent frame."""
     return tuple(slice(cell * CELL, (cell + SIZE) * CELL) for cell in actor.cell(latent_frame))  # type: ignore[return-value]
 
 
 def reference(actor: Actor) -> UInt8[np.ndarray, "h w 3"]:
-    """Renders an actor's subject on white, where it starts."""
+    """Renders an actor's reference image: its subject on white, where it starts."""
     canvas = np.full((GRID * CELL, GRID * CELL, 3), 255, np.uint8)
     canvas[region(actor, 0)] = photograph(actor.subject, SIZE * CELL)
     return canvas
 
 
 def reference_path(folder: Path, actor: Actor) -> Path:
-    """Where `write_clips` puts an actor's reference."""
+    """Path of an actor's reference image, as `write_clips` writes it."""
     return folder / "references" / f"{actor.subject}-{actor.half}-{COLUMNS[actor.column]}.png"
 
 
 def draw_scenes(number: int, seed: int) -> list[Scene]:
-    """Draws scenes, no two the same, each with one subject or two.
+    """Draws different scenes, each with one subject or two.
 
     Raises:
-      ValueError: more than a few thousand, of which ever fewer would be new.
+      ValueError: `number` is not between 1 and 10000; there are not many more different scenes.
     """
     if not 1 <= number <= 10_000:
         raise ValueError(f"The demo can't draw {number} clips; ask for 1 to 10000.")
@@ -179,7 +180,7 @@ def _draw(rng: np.random.Generator) -> Scene:
 
 
 def _draw_way(rng: np.random.Generator) -> tuple[int, str]:
-    """Draws a column to start in and a move that stays inside the frame."""
+    """Draws a start column and a movement that stays inside the frame."""
     while True:
         column, move = int(rng.integers(len(COLUMNS))), str(rng.choice(list(MOVES)))
         if 0 <= column + (LATENT_FRAMES - 1) * MOVES[move] < len(COLUMNS):
@@ -187,7 +188,7 @@ def _draw_way(rng: np.random.Generator) -> tuple[int, str]:
 
 
 def write_clips(folder: Path, scenes: Sequence[Scene]) -> list[Record]:
-    """Writes the scenes' clips and references as files, those that are not there yet, and returns their records."""
+    """Writes the clips and references that do not exist yet, and returns the records of all scenes."""
     for name in ("clips", "references"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     records = []
@@ -213,12 +214,10 @@ def write_clips(folder: Path, scenes: Sequence[Scene]) -> list[Record]:
 
 
 def _write_png(path: Path, pixels: UInt8[np.ndarray, "h w 3"]) -> None:
-    """Writes an image, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    Image.fromarray(pixels).save(partial, format="png")
-    partial.replace(path)
+    with atomic_write(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="png")
 
 
 def read_scene(values: Mapping[str, Any]) -> Scene:
-    """The scene that an example's metadata tells of, as `dataclasses.asdict` made it."""
+    """Reads a scene from an example's metadata, where `dataclasses.asdict` wrote it."""
     return Scene(tuple(Actor(**actor) for actor in values["actors"]), values["background"])

@@ -1,11 +1,11 @@
-"""How well the demo's samples show who was asked for.
+"""Scores how well the demo's samples show the requested subjects.
 
-At the place that its caption gives, each subject's region is cut out of every frame and compared
+Each subject is cut out of every frame at the position that the caption gives. The cut-out is compared
 
-- with all photographs, by correlation over pixels and colours: the nearest one names the subject;
-- with the true clip of the same caption, which went through the same codec and into the same kind of file, by SSIM.
+- with all photographs, by correlation over pixels and colours; the nearest photograph is the recognised subject;
+- with the true clip of the same caption, by SSIM. The true clip went through the same codec and the same video format.
 
-A subject that is right but in the wrong place counts as wrong.
+A subject that is correct but in the wrong place counts as wrong.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from refalign_jax.types import Float
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What is seen of one subject of one sample."""
+    """The result for one subject of one sample."""
 
-    asked: str
-    named: str
-    """Whom the sample shows, by the nearest photograph."""
-    named_in_truth: str
-    """Whom the true clip shows, by the same measure."""
+    requested: str
+    """The requested subject."""
+    recognised: str
+    """The subject recognised in the sample."""
+    recognised_in_truth: str
+    """The subject recognised in the true clip, which checks the measure."""
     ssim: float
-    """Mean over the frames of the SSIM to the true clip, at most 1."""
+    """SSIM to the true clip, mean over the frames, at most 1."""
 
 
 def cut_out(video: UInt8[np.ndarray, "T h w 3"], actor: Actor) -> UInt8[np.ndarray, "T s s 3"]:
@@ -43,7 +44,7 @@ def cut_out(video: UInt8[np.ndarray, "T h w 3"], actor: Actor) -> UInt8[np.ndarr
 
 
 def correlations(crops: UInt8[np.ndarray, "T s s 3"]) -> Float[np.ndarray, " subjects"]:
-    """Correlation of crops with each photograph in the order of `SUBJECTS`, the mean over frames; in [-1, 1]."""
+    """Correlation with each photograph, in the order of `SUBJECTS`, mean over the frames; in [-1, 1]."""
 
     def standardised(pixels: np.ndarray) -> np.ndarray:
         rows = pixels.reshape(len(pixels), -1).astype(np.float64)
@@ -60,7 +61,7 @@ def nearest(crops: UInt8[np.ndarray, "T s s 3"]) -> str:
 
 
 def judge(video: UInt8[np.ndarray, "T h w 3"], truth: UInt8[np.ndarray, "T h w 3"], scene: Scene) -> list[Verdict]:
-    """Judges each actor of a sample against the true clip."""
+    """Judges each actor of a sample."""
     verdicts = []
     for actor in scene.actors:
         crops, true_crops = cut_out(video, actor), cut_out(truth, actor)
@@ -69,9 +70,9 @@ def judge(video: UInt8[np.ndarray, "T h w 3"], truth: UInt8[np.ndarray, "T h w 3
         ]
         verdicts.append(
             Verdict(
-                asked=actor.subject,
-                named=nearest(crops),
-                named_in_truth=nearest(true_crops),
+                requested=actor.subject,
+                recognised=nearest(crops),
+                recognised_in_truth=nearest(true_crops),
                 ssim=float(np.mean(similar)),
             )
         )
@@ -79,22 +80,28 @@ def judge(video: UInt8[np.ndarray, "T h w 3"], truth: UInt8[np.ndarray, "T h w 3
 
 
 def judge_files(folder: Path, entry: Mapping[str, Any], scene: Scene) -> list[Verdict]:
-    """Judges a sample by an entry of samples.json that names `video` and `truth`."""
+    """Judges a sample from its files.
+
+    Args:
+      folder: of samples.json.
+      entry: of samples.json; `video` and `truth` name the sampled video and the true clip.
+      scene: the content of the true clip.
+    """
     numbers = np.arange(NUM_FRAMES)
     return judge(read_frames(folder / entry["video"], numbers), read_frames(folder / entry["truth"], numbers), scene)
 
 
 def evaluation(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
-    """Sums up all samples' verdicts in the form of a run's evaluation.json.
+    """Summarises the verdicts in the form of a run's evaluation.json.
 
     Args:
-      verdicts: of each sample, one or two.
+      verdicts: for each sample, the verdicts of its one or two subjects.
     """
     every = [verdict for sample in verdicts for verdict in sample]
     parts = {count: [v for sample in verdicts if len(sample) == count for v in sample] for count in (1, 2)}
 
-    def share(chosen: Sequence[Verdict], name: str = "named") -> float:
-        return float(np.mean([getattr(v, name) == v.asked for v in chosen])) if chosen else float("nan")
+    def share(chosen: Sequence[Verdict], name: str = "recognised") -> float:
+        return float(np.mean([getattr(v, name) == v.requested for v in chosen])) if chosen else float("nan")
 
     numbers = {
         "samples": len(verdicts),
@@ -102,14 +109,14 @@ def evaluation(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
         "right subject": share(every),
         "right subject, one asked for": share(parts[1]),
         "right subject, two asked for": share(parts[2]),
-        "right subject in the true clips": share(every, "named_in_truth"),
+        "right subject in the true clips": share(every, "recognised_in_truth"),
         "SSIM to the true clip over the subject": float(np.mean([v.ssim for v in every])),
         "SSIM, one asked for": float(np.mean([v.ssim for v in parts[1]])) if parts[1] else float("nan"),
         "SSIM, two asked for": float(np.mean([v.ssim for v in parts[2]])) if parts[2] else float("nan"),
     }
-    titles = {1: "One subject asked for", 2: "Two subjects asked for"}
+    titles = {1: "One subject requested", 2: "Two subjects requested"}
     return {
-        "title": "Whom the samples show",
+        "title": "Which subjects the samples show",
         "numbers": {name: value for name, value in numbers.items() if not np.isnan(value)},
         "confusions": [
             {"title": titles[count], "labels": list(SUBJECTS), "matrix": confusion(chosen).tolist()}
@@ -117,17 +124,17 @@ def evaluation(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
             if chosen
         ],
         "notes": [
-            "A row is who was asked for, a column whom the nearest photograph names, at the place that the caption "
-            "gives; captions were held out from training.",
-            "SSIM compares with the true clip of the same caption after the same codec.",
+            "A row is the requested subject; a column is the subject whose photograph is most similar to the sample at "
+            "the position that the caption gives. The captions were held out from training.",
+            "SSIM compares a sample with the true clip of the same caption, encoded and decoded by the same codec.",
         ],
     }
 
 
 def confusion(verdicts: Sequence[Verdict]) -> np.ndarray:
-    """Counts, int [asked, named], both in the order of `SUBJECTS`."""
+    """Counts verdicts, int [requested, recognised], both in the order of `SUBJECTS`."""
     order = {name: number for number, name in enumerate(SUBJECTS)}
     matrix = np.zeros((len(order), len(order)), int)
     for verdict in verdicts:
-        matrix[order[verdict.asked], order[verdict.named]] += 1
+        matrix[order[verdict.requested], order[verdict.recognised]] += 1
     return matrix

@@ -1,12 +1,12 @@
-"""The demo from nothing to a report: clips, examples, training, samples, scores, page.
+"""The stages of the demo: clips, prepared examples, training, samples, scores, report.
 
-Each stage passes over what it finds done, so that the demo goes on wherever it was stopped.
+Each stage skips what it finds done, so the demo continues wherever it was stopped.
 
-    FOLDER/clips, references, dataset     photographs moved about, and the examples made of them
+    FOLDER/clips, references, dataset     clips of moving photographs, and the prepared examples
     FOLDER/seed-0                         the run: checkpoints, metrics, samples, evaluation.json
-    FOLDER/report.html                    what to look at
-    FOLDER/seed-1, seed-0-unaligned …     the other runs of the comparison
-    FOLDER/comparison.html
+    FOLDER/report.html                    its report
+    FOLDER/seed-1, seed-0-unaligned, …    the other runs of the comparison
+    FOLDER/comparison.html                the report of the comparison
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from refalign_jax.atomic import write_text
 from refalign_jax.config import Config, DemoConfig, GenerateConfig, PrepareConfig
 from refalign_jax.convert.checkpoint import find_checkpoint
 from refalign_jax.data.examples import fill
@@ -41,11 +41,12 @@ EVALUATION = "evaluation.json"
 
 
 def demo(demo: DemoConfig, recipe: Config) -> Path:
-    """Runs every stage for one seed; returns the report.
+    """Runs every stage for one seed; returns the path of the report.
 
     Raises:
-      InterruptedError: training was asked to stop; started again, the demo goes on.
-      ValueError, OSError: what a user can mend, in one sentence.
+      InterruptedError: training was stopped. Run the demo again to continue.
+      ValueError: the recipe does not fit the clips, or a file is damaged.
+      OSError: a file can't be written.
     """
     run = whole_run(demo, recipe, seed=0, aligned=True)
     report = demo.folder / "report.html"
@@ -54,10 +55,10 @@ def demo(demo: DemoConfig, recipe: Config) -> Path:
 
 
 def compare(demo: DemoConfig, recipe: Config) -> Path:
-    """Runs every stage with and without alignment for each seed; returns the comparison's report.
+    """Runs every stage with and without alignment for each seed; returns the path of the comparison's report.
 
     Raises:
-      As `demo`.
+      InterruptedError, ValueError, OSError: as `demo`.
     """
     runs = [
         [whole_run(demo, recipe, seed=seed, aligned=aligned) for aligned in (True, False)] for seed in range(demo.seeds)
@@ -69,8 +70,26 @@ def compare(demo: DemoConfig, recipe: Config) -> Path:
 
 def whole_run(demo: DemoConfig, recipe: Config, *, seed: int, aligned: bool) -> Path:
     """Prepares, trains, samples and scores one run; returns its folder."""
-    run = demo.folder / (f"seed-{seed}" if aligned else f"seed-{seed}-unaligned")
     dataset = prepare_dataset(demo, recipe)
+    config = run_config(demo, recipe, dataset, seed=seed, aligned=aligned)
+    train_run(config)
+    run = Path(config.train.folder)
+    if not (run / EVALUATION).exists():
+        evaluate(run, config, demo.samples)
+    return run
+
+
+def run_config(demo: DemoConfig, recipe: Config, dataset: Path, *, seed: int = 0, aligned: bool = True) -> Config:
+    """The recipe of one run of the demo: `recipe` with the dataset, the folder, the seed and the steps filled in.
+
+    Args:
+      demo: folder and size of the demo.
+      recipe: model and training.
+      dataset: folder of the prepared examples.
+      seed: of the parameters, of the noise and of the order of the examples.
+      aligned: False sets the weight of the alignment to 0.
+    """
+    run = demo.folder / (f"seed-{seed}" if aligned else f"seed-{seed}-unaligned")
     alignment = recipe.model.alignment if aligned else dataclasses.replace(recipe.model.alignment, weight=0.0)
     training = dataclasses.replace(
         recipe.train,
@@ -79,20 +98,20 @@ def whole_run(demo: DemoConfig, recipe: Config, *, seed: int, aligned: bool) -> 
         steps=demo.steps or recipe.train.steps,
         compilation_cache=recipe.train.compilation_cache or str(demo.folder / "compiled"),
     )
-    config = dataclasses.replace(
+    return dataclasses.replace(
         recipe,
         model=dataclasses.replace(recipe.model, alignment=alignment),
         data=dataclasses.replace(recipe.data, path=str(dataset), shuffle_seed=seed),
         train=training,
     )
-    train_run(config)
-    if not (run / EVALUATION).exists():
-        evaluate(run, config, demo.samples)
-    return run
 
 
 def prepare_dataset(demo: DemoConfig, recipe: Config) -> Path:
-    """Writes clips and references, and prepares the dataset with stand-in encoders as wide as the recipe's model."""
+    """Writes the clips and prepares the dataset with stand-in encoders that fit the recipe's model.
+
+    Returns:
+      Folder of the dataset.
+    """
     records = write_clips(demo.folder, draw_scenes(demo.clips, seed=0))
     dit = recipe.model.dit
     settings = PrepareConfig(
@@ -115,10 +134,10 @@ def prepare_dataset(demo: DemoConfig, recipe: Config) -> Path:
 
 
 def train_run(config: Config) -> None:
-    """Trains to the recipe's last step, or goes on to it.
+    """Trains to the recipe's last step, from the newest checkpoint if there is one.
 
     Raises:
-      InterruptedError: it was asked to stop before, and has saved what it did.
+      InterruptedError: training was stopped before its last step and has saved a checkpoint.
     """
     train(config)
     folder = Path(config.train.folder)
@@ -128,7 +147,13 @@ def train_run(config: Config) -> None:
 
 
 def evaluate(run: Path, config: Config, count: int) -> None:
-    """Samples held-out captions with the true clips beside, and writes scores into samples.json and evaluation.json."""
+    """Samples held-out captions, writes the true clips beside them, and the scores to samples.json and evaluation.json.
+
+    Args:
+      run: folder of the run.
+      config: recipe of the run.
+      count: number of captions, at most `data.held_out`.
+    """
     source = ShardSource(config.data.path)
     first = len(source) - config.data.held_out
     examples = [source[index] for index in range(first, first + min(count, config.data.held_out))]
@@ -145,17 +170,15 @@ def evaluate(run: Path, config: Config, count: int) -> None:
         write_video(folder / entry["truth"], to_pixels(codec.decode(latents)[0]), FPS)
         verdicts.append(judge_files(folder, entry, read_scene(about["metadata"]["scene"])))
         entry["scores"] = {
-            "right": float(np.mean([v.named == v.asked for v in verdicts[-1]])),
+            "right": float(np.mean([v.recognised == v.requested for v in verdicts[-1]])),
             "ssim": float(np.mean([v.ssim for v in verdicts[-1]])),
         }
     write_samples(folder, entries)
-    partial = run / f".{EVALUATION}.{os.getpid()}.partial"
-    partial.write_text(json.dumps(evaluation(verdicts), indent=1, ensure_ascii=False), encoding="utf-8")
-    partial.replace(run / EVALUATION)
+    write_text(run / EVALUATION, json.dumps(evaluation(verdicts), indent=1, ensure_ascii=False))
 
 
 def _request(about: Mapping[str, Any], folder: Path) -> Request:
-    """The video that an example's caption and references ask for."""
+    """The request for a video of an example's caption with its references."""
     references = tuple(
         Reference(path=reference_path(folder, actor), subject=actor.subject)
         for actor in read_scene(about["metadata"]["scene"]).actors

@@ -34,8 +34,8 @@ def test_actors_stay_inside_and_apart():
 
 def test_a_caption_says_who_where_how_and_over_what():
     first, second = demo.Actor("cat", "upper", 1, "right"), demo.Actor("coin", "lower", 3, "left")
-    said = demo.Scene((first, second), "wood").caption()
-    assert said == (
+    caption = demo.Scene((first, second), "wood").caption()
+    assert caption == (
         "The cat starts upper-mid-left and moves right, the coin starts lower-right and drifts leftwards, "
         "over the wood."
     )

@@ -19,7 +19,7 @@ def through_codec(scene):
 
 def test_true_clips_are_named_right():
     verdicts = [score.judge(clip := through_codec(scene), clip, scene) for scene in SCENES]
-    assert all(v.named == v.named_in_truth == v.asked for sample in verdicts for v in sample)
+    assert all(v.recognised == v.recognised_in_truth == v.requested for sample in verdicts for v in sample)
     np.testing.assert_allclose([v.ssim for sample in verdicts for v in sample], 1)
 
 
@@ -44,7 +44,7 @@ def test_another_subject_or_place_is_wrong():
         (dataclasses.replace(first, subject="rocket"), dataclasses.replace(second, subject="cat")), "leaves"
     )
     verdicts = score.judge(through_codec(swapped), through_codec(asked), asked)
-    assert [(v.asked, v.named, v.named_in_truth) for v in verdicts] == [
+    assert [(v.requested, v.recognised, v.recognised_in_truth) for v in verdicts] == [
         ("cat", "rocket", "cat"),
         ("rocket", "cat", "rocket"),
     ]
@@ -52,23 +52,23 @@ def test_another_subject_or_place_is_wrong():
 
 
 def test_the_sum_counts_one_and_two_subjects_apart():
-    def verdict(asked, named, ssim):
-        return score.Verdict(asked=asked, named=named, named_in_truth=asked, ssim=ssim)
+    def verdict(requested, recognised, ssim):
+        return score.Verdict(requested=requested, recognised=recognised, recognised_in_truth=requested, ssim=ssim)
 
-    told = score.evaluation(
+    found = score.evaluation(
         [
             [verdict("cat", "cat", 0.8)],
             [verdict("cat", "coin", 0.2), verdict("rocket", "rocket", 0.5)],
             [verdict("coin", "coin", 0.5), verdict("rocket", "cat", 0.0)],
         ]
     )
-    numbers = told["numbers"]
+    numbers = found["numbers"]
     assert numbers["right subject"] == 0.6
     assert numbers["right subject, one asked for"] == 1
     assert numbers["right subject, two asked for"] == 0.5
     assert numbers["right subject in the true clips"] == 1
     np.testing.assert_allclose(numbers["SSIM to the true clip over the subject"], 0.4)
-    one, two = told["confusions"]
+    one, two = found["confusions"]
     place = {name: number for number, name in enumerate(one["labels"])}
     assert np.array(one["matrix"]).sum() == 1
     matrix = np.array(two["matrix"])

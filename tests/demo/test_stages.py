@@ -5,6 +5,7 @@ import json
 
 import pytest
 from support import runs
+from support.places import ROOT
 
 from refalign_jax.config import (
     AlignmentConfig,
@@ -22,7 +23,8 @@ from refalign_jax.convert.checkpoint import find_checkpoint, read_json
 from refalign_jax.demo import stages
 from refalign_jax.demo.stages import compare, demo
 from refalign_jax.trainer.loop import train
-from tools.demo import RECIPE
+
+RECIPE = ROOT / "configs" / "demo.py"
 
 SMALL = Config(
     model=ModelConfig(
@@ -71,9 +73,9 @@ def test_every_stage_once(tmp_path, monkeypatch):
         for name in (entry["video"], entry["truth"], *(reference["image"] for reference in entry["references"])):
             assert (run / "samples" / name).exists()
         assert entry["prompt"] in page
-    told = json.loads((run / "evaluation.json").read_text())
-    assert told["numbers"]["right subject in the true clips"] == 1
-    assert told["numbers"]["samples"] == 3
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["numbers"]["right subject in the true clips"] == 1
+    assert found["numbers"]["samples"] == 3
 
     # With alignment and without: the run that is there is taken as it is.
     done = [*run.rglob("*.mp4"), *(config.folder / "dataset").glob("*.array_record"), run / "evaluation.json"]

@@ -19,7 +19,7 @@ def test_interval_is_the_paired_t_tests():
 
 
 @pytest.mark.parametrize(
-    ("aligned", "baseline", "said"),
+    ("aligned", "baseline", "sentence"),
     [
         ([0.5, 0.6, 0.7], [0.3, 0.41, 0.5], "is higher with alignment than with λ = 0 in all 3 pairs (mean difference"),
         ([0.5, 0.4, 0.7], [0.3, 0.41, 0.5], "in 2 of 3 pairs, so not in every seed"),
@@ -29,8 +29,8 @@ def test_interval_is_the_paired_t_tests():
         ([0.5, float("nan")], [0.3, 0.1], "could not be measured in every run"),
     ],
 )
-def test_the_outcome_is_stated_whatever_it_is(aligned, baseline, said):
-    assert said in outcome("The number", aligned, baseline)
+def test_the_outcome_is_stated_whatever_it_is(aligned, baseline, sentence):
+    assert sentence in outcome("The number", aligned, baseline)
 
 
 def test_pairs_that_are_none(runs):
