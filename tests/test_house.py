@@ -340,7 +340,6 @@ EXPECTED: dict[str, dict[str, int]] = {
         "tools/train.py": 1,
     },
     "tools_imported_by_tests": {
-        "tests/demo/test_stages.py": 1,
         "tests/inference/test_generate.py": 1,
         "tests/perf/test_benchmark.py": 1,
         "tests/trainer/test_many_processes.py": 1,
@@ -354,7 +353,6 @@ EXPECTED: dict[str, dict[str, int]] = {
     },
     "prose_that_begins_with_of": {
         "refalign_jax/convert/infer.py": 1,
-        "refalign_jax/demo/scenes.py": 1,
         "refalign_jax/flops.py": 4,
         "refalign_jax/inference/generate.py": 2,
         "refalign_jax/models/rope.py": 1,
@@ -368,7 +366,6 @@ EXPECTED: dict[str, dict[str, int]] = {
         "refalign_jax/convert/dinov3.py": 1,
         "refalign_jax/convert/infer.py": 2,
         "refalign_jax/convert/umt5.py": 1,
-        "refalign_jax/demo/scenes.py": 3,
         "refalign_jax/devices.py": 1,
         "refalign_jax/flow.py": 1,
         "refalign_jax/sharding.py": 1,
