@@ -11,7 +11,9 @@ import tyro
 
 from refalign_jax.command import run
 from refalign_jax.config import GenerateConfig
-from refalign_jax.inference.generate import SAMPLES, generate, open_generator, read_requests
+from refalign_jax.inference.generate import generate, open_generator
+from refalign_jax.inference.outputs import SAMPLES
+from refalign_jax.inference.requests import read_requests
 
 Positional = tyro.conf.Positional
 

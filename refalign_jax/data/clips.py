@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from refalign_jax.config import PrepareConfig
-from refalign_jax.data.records import Record, Skipped, subject_ids
+from refalign_jax.data.records import Record, Skipped, random_of, subject_ids
 from refalign_jax.data.references import load_reference
 from refalign_jax.data.video import probe, read_frames
 from refalign_jax.types import Int
@@ -42,8 +41,7 @@ def load_clip(record: Record, config: PrepareConfig) -> Clip | Skipped:
     Returns:
       The clip, or the reason why it can't be used: a file can't be read, or the clip has too few frames.
     """
-    digest = hashlib.sha256(record.id.encode()).digest()
-    rng = np.random.default_rng([config.seed, *np.frombuffer(digest, np.uint32).tolist()])
+    rng = random_of(record.id, config.seed)
     try:
         info = probe(record.video)
         first, end = record.frames or (0, info.num_frames)

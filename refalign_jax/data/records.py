@@ -7,6 +7,7 @@ sources/ that returns a list of records; `sources/jsonl.py` is the simplest.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,3 +75,9 @@ def subject_ids(references: tuple[Reference, ...]) -> Int[np.ndarray, " R"]:
     numbers: dict[str | int, int] = {}
     keys = [index if reference.subject is None else reference.subject for index, reference in enumerate(references)]
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int32)
+
+
+def random_of(id: str, seed: int) -> np.random.Generator:
+    """Returns a generator of random numbers that depends on an id and a seed alone."""
+    digest = hashlib.sha256(id.encode()).digest()
+    return np.random.default_rng([seed, *np.frombuffer(digest, np.uint32).tolist()])

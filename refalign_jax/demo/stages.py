@@ -31,7 +31,9 @@ from refalign_jax.data.video import to_pixels, write_video
 from refalign_jax.demo.scenes import CELL, FPS, GRID, NUM_FRAMES, draw_scenes, read_scene, reference_path, write_clips
 from refalign_jax.demo.score import Verdict, evaluation, judge_files
 from refalign_jax.encoders.open import reopen_video_codec
-from refalign_jax.inference.generate import Request, generate, open_generator, write_samples
+from refalign_jax.inference.generate import generate, open_generator
+from refalign_jax.inference.outputs import write_samples
+from refalign_jax.inference.requests import Request
 from refalign_jax.report.page import write_report
 from refalign_jax.trainer.loop import train
 

@@ -1,1 +1,1 @@
-"""Prompts and reference images to videos."""
+"""From a prompt and references to a video: requests, then generate, then outputs."""
