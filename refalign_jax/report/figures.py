@@ -60,6 +60,7 @@ def losses(
             axes.plot(*held_out, color=theme.ink, linewidth=1.2, marker="o", markersize=3.5, label="held out")
         _logarithmic(axes, np.concatenate([smooth, held_out[1]]))
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=8))
 
     ends = smooth[np.isfinite(smooth)]
     alt = f"{title} over {len(steps)} steps"
