@@ -17,23 +17,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import pytest
 from jaxtyping import install_import_hook
+from support.places import GOLDEN, ROOT
 
-hook = install_import_hook(
-    [
-        "refalign_jax.alignment",
-        "refalign_jax.flow",
-        "refalign_jax.objective",
-        "refalign_jax.sampling",
-        "refalign_jax.models.attention",
-        "refalign_jax.models.dit",
-        "refalign_jax.models.layers",
-        "refalign_jax.models.rope",
-    ],
-    "beartype.beartype",
-)
+# The method, the transformer and the training step; the models of the encoders check their inputs themselves.
+MODELS = sorted(path.stem for path in (ROOT / "refalign_jax/models").glob("[a-z]*.py"))
+SHAPED = ["alignment", "flow", "objective", "sampling", "trainer.step"]
+SHAPED += [f"models.{name}" for name in MODELS if name not in ("dinov3", "streaming", "umt5", "vae")]
+hook = install_import_hook([f"refalign_jax.{name}" for name in SHAPED], "beartype.beartype")
 hook.__enter__()
-
-GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")
