@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from support.examples import FLOAT32, make
+from support.places import environment
 
 from refalign_jax.config import DataConfig, Storage
 from refalign_jax.data.examples import Spec, cosines
@@ -291,22 +292,28 @@ def children(pid):
     return [int(child) for task in tasks for child in task.read_text().split()]
 
 
+WORKERS = """
+from refalign_jax.config import DataConfig
+from refalign_jax.data.examples import Spec
+from refalign_jax.data.loader import make_loader
+from refalign_jax.data.synthetic import SyntheticSource
+
+if __name__ == "__main__":
+    sizes = {"text_width": 8, "vfm_width": 7, "longest_text": 5, "most_references": 2}
+    spec = Spec(num_examples=9, video_latents=(1, 2, 2, 3), **sizes)
+    loader = make_loader(DataConfig(batch_size=4, num_workers=2), SyntheticSource(spec))
+"""
+"""A program that makes a loader with workers."""
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="lists children by /proc")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_leave_with_a_parent_that_is_killed(tmp_path, how):
     script = tmp_path / "loop.py"
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from data.test_loader import *
-if __name__ == "__main__":
-    loader = make_loader(DataConfig(batch_size=4, num_workers=2), SyntheticSource(SPEC))
-    for batch in loader:
-        print(os.getpid(), flush=True)
-""")
+    script.write_text(WORKERS + '    for batch in loader:\n        print("batch", flush=True)\n')
     parent = subprocess.Popen(
         [sys.executable, script],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -327,15 +334,6 @@ if __name__ == "__main__":
 
 def test_leaving_without_close_is_silent(tmp_path):
     script = tmp_path / "leave.py"
-    script.write_text(f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from data.test_loader import *
-if __name__ == "__main__":
-    loader = make_loader(DataConfig(batch_size=4, num_workers=2), SyntheticSource(SPEC))
-    batch = next(loader)
-    raise SystemExit(3)
-""")
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=180)
+    script.write_text(WORKERS + "    batch = next(loader)\n    raise SystemExit(3)\n")
+    done = subprocess.run([sys.executable, script], env=environment(), capture_output=True, text=True, timeout=180)
     assert (done.returncode, done.stderr) == (3, "")

@@ -1,105 +1,21 @@
-"""The JSONL source: what is read, and one sentence for every line that is not right."""
+"""What records mean: numbers of subjects, and random numbers that depend on ids."""
 
-import json
+from pathlib import Path
 
-import pytest
-
-from refalign_jax.data.records import Reference, subject_ids
-from refalign_jax.data.sources.jsonl import read_jsonl
-
-GOOD = {
-    "video": "clips/cat.mp4",
-    "prompt": "A cat.",
-    "references": [
-        {"image": "a.png"},
-        {"image": "/abs/b.png", "subject": "cat", "mask": "b_mask.png"},
-        {"image": "c.png", "subject": "cat"},
-    ],
-}
+from refalign_jax.data.records import Reference, random_of, subject_ids
 
 
-def written(tmp_path, *lines):
-    path = tmp_path / "records.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    return path
+def test_subjects_are_numbered_in_their_order():
+    for names, expected in (
+        ((), []),
+        ((None, "cat", "cat"), [0, 1, 1]),
+        (("b", None, "a", None, "b"), [0, 1, 2, 3, 0]),
+    ):
+        references = tuple(Reference(path=Path("a.png"), subject=name) for name in names)
+        assert subject_ids(references).tolist() == expected
 
 
-def test_paths_are_relative_to_the_file(tmp_path):
-    (record,) = read_jsonl(written(tmp_path, GOOD, "  "))
-    assert record.video == tmp_path / "clips" / "cat.mp4"
-    assert record.prompt == "A cat."
-    assert [str(reference.path) for reference in record.references] == [
-        str(tmp_path / "a.png"),
-        "/abs/b.png",
-        str(tmp_path / "c.png"),
-    ]
-    assert [reference.mask for reference in record.references] == [None, tmp_path / "b_mask.png", None]
-    assert not any(reference.own_clip for reference in record.references)
-    assert record.metadata == {"video": "clips/cat.mp4", "references": GOOD["references"]}
-
-
-def test_ids_are_the_names_with_a_hash_and_do_not_depend_on_place(tmp_path):
-    other = GOOD | {"prompt": "Another."}
-    first, second = read_jsonl(written(tmp_path, GOOD, other))
-    again = read_jsonl(written(tmp_path, other, dict(reversed(GOOD.items()))))
-    assert [record.id for record in again] == [second.id, first.id]
-    assert first.id.startswith("cat-")
-    assert first.id != second.id
-
-
-def test_subjects_are_numbered_in_their_order(tmp_path):
-    (record,) = read_jsonl(written(tmp_path, GOOD))
-    assert subject_ids(record.references).tolist() == [0, 1, 1]
-    names = ("b", None, "a", None, "b")
-    assert subject_ids(tuple(Reference(path=tmp_path, subject=name) for name in names)).tolist() == [0, 1, 2, 3, 0]
-    assert subject_ids(()).shape == (0,)
-
-
-FORM = r'it must be \{"video", "prompt", "references"\}\.$'
-REFERENCE_FORM = r'it must be \{"image", "subject"\?, "mask"\?\}\.$'
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", r"records\.jsonl, line 2 is not JSON: Expecting property name"),
-        ("[]", r"line 2 is \[\]; it must be an object"),
-        ({"video": "a", "prompt": "b"}, rf"line 2 has no field 'references'; {FORM}"),
-        (GOOD | {"promt": "b"}, rf"line 2 has the unknown field 'promt'; {FORM}"),
-        (GOOD | {"video": 3}, r"line 2: video is 3; it must be a string and not empty\.$"),
-        (GOOD | {"video": ""}, r"line 2: video is ''; it must be a string and not empty\.$"),
-        (GOOD | {"prompt": None}, r"line 2: prompt is None; it must be a string\.$"),
-        (GOOD | {"references": {}}, r"line 2: references is \{\}; it must be a list, \[\] for none\.$"),
-        (GOOD | {"references": ["a.png"]}, r"line 2: references\[0\] is 'a.png'; it must be an object"),
-        (GOOD | {"references": [{"mask": "a"}]}, rf"line 2: references\[0\] has no field 'image'; {REFERENCE_FORM}"),
-        (
-            GOOD | {"references": [{"image": "a"}, {"image": "b", "box": 1}]},
-            rf"line 2: references\[1\] has the unknown field 'box'; {REFERENCE_FORM}",
-        ),
-        (
-            GOOD | {"references": [{"image": "a", "subject": 1}]},
-            r"line 2: references\[0\]\.subject is 1; it must be a string and not empty\.$",
-        ),
-        (GOOD, r"records\.jsonl, line 2 says the same as line 1; remove one of them\.$"),
-    ],
-)
-def test_a_line_that_is_not_right_is_told_in_a_sentence(tmp_path, line, message):
-    with pytest.raises(ValueError, match=message) as error:
-        read_jsonl(written(tmp_path, GOOD, line))
-    assert "\n" not in str(error.value)
-
-
-def test_files_that_can_not_be_read(tmp_path):
-    with pytest.raises(ValueError, match=r"none\.jsonl can't be read as UTF-8 text: No such file"):
-        read_jsonl(tmp_path / "none.jsonl")
-    (tmp_path / "latin.jsonl").write_bytes(b"\xe9\n")
-    with pytest.raises(ValueError, match=r"latin\.jsonl can't be read as UTF-8 text: .*invalid"):
-        read_jsonl(tmp_path / "latin.jsonl")
-    with pytest.raises(ValueError, match=r'holds no record; a line is \{"video"'):
-        read_jsonl(written(tmp_path, ""))
-
-
-def test_text_may_hold_unusual_line_separators(tmp_path):
-    line = json.dumps(GOOD | {"prompt": "A\u2028cat\x85."}, ensure_ascii=False)
-    (record,) = read_jsonl(written(tmp_path, line))
-    assert record.prompt == "A\u2028cat\x85."
+def test_random_numbers_depend_on_id_and_seed_alone():
+    draws = [random_of(id, seed).random() for id, seed in (("a", 0), ("a", 0), ("b", 0), ("a", 1))]
+    assert draws[0] == draws[1]
+    assert len(set(draws)) == 3

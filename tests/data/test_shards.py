@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.examples import FLOAT32, assert_same, make
+from support.places import environment
 
 from refalign_jax.config import Storage
 from refalign_jax.data.examples import decode, encode
@@ -35,6 +35,22 @@ def write_twice(folder):
     with ShardWriter(folder, storage=FLOAT32, made=MADE, examples_per_shard=4) as writer:
         for i in (*range(7), 0):
             writer.add(make(i))
+
+
+WRITER = f"""
+import os, signal, sys
+from refalign_jax.data.shard_writer import ShardWriter
+from support.examples import FLOAT32, make
+folder, MADE = sys.argv[1], {MADE}
+"""
+"""The first lines of a program that writes shards."""
+
+
+def run(code, folder):
+    """Runs a program on a folder."""
+    return subprocess.run(
+        [sys.executable, "-c", code, str(folder)], env=environment(), capture_output=True, text=True, check=False
+    )
 
 
 def shards(folder):
@@ -100,16 +116,16 @@ def test_a_writer_that_fails_keeps_whole_shards_and_the_next_goes_on(tmp_path):
 
 
 def test_killed_writer_leaves_whole_shards(tmp_path):
-    code = f"""
-import os, signal, sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from data.test_shards import *
-writer = ShardWriter({str(tmp_path / "d")!r}, storage=FLOAT32, made=MADE, examples_per_shard=2)
+    code = (
+        WRITER
+        + """
+writer = ShardWriter(folder, storage=FLOAT32, made=MADE, examples_per_shard=2)
 for i in range(5):
     writer.add(make(i))
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    )
+    assert run(code, tmp_path / "d").returncode == -signal.SIGKILL
     assert [len(shard.ids) for shard in read_manifest(tmp_path / "d").shards] == [2, 2]
     assert verify(tmp_path / "d") == []
     with ShardWriter(tmp_path / "d", storage=FLOAT32, made=MADE, examples_per_shard=2) as writer:
@@ -161,24 +177,22 @@ def test_folder_that_cannot_be_written(tmp_path):
 
 def test_full_disk_leaves_nothing_half_written(tmp_path):
     folder = tmp_path / "d"
-
-    def fill_disk():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    code = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from data.test_shards import *
-big = dataclasses.replace(make(9), text=np.zeros((512, 8), np.float32), metadata={{"a": "x" * 900_000}})
+    code = (
+        WRITER
+        + """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+big = make(9, text=512, metadata={"a": "x" * 900_000})
 try:
-    with ShardWriter({str(folder)!r}, storage=FLOAT32, made=MADE, examples_per_shard=2) as writer:
+    with ShardWriter(folder, storage=FLOAT32, made=MADE, examples_per_shard=2) as writer:
         for example in (make(0), make(1), make(2), big):
             writer.add(example)
 except OSError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], preexec_fn=fill_disk, capture_output=True, text=True)
+    )
+    done = run(code, folder)
     assert os.strerror(errno.EFBIG) in done.stdout, done
     assert "finished shards are kept" in done.stdout
     assert len(done.stdout.splitlines()) == 1
