@@ -107,12 +107,12 @@ def evaluation(verdicts: Sequence[Sequence[Verdict]]) -> dict[str, Any]:
         "samples": len(verdicts),
         "subjects to choose from": len(SUBJECTS),
         "right subject": share(every),
-        "right subject, one asked for": share(parts[1]),
-        "right subject, two asked for": share(parts[2]),
+        "right subject, one requested": share(parts[1]),
+        "right subject, two requested": share(parts[2]),
         "right subject in the true clips": share(every, "recognised_in_truth"),
         "SSIM to the true clip over the subject": float(np.mean([v.ssim for v in every])),
-        "SSIM, one asked for": float(np.mean([v.ssim for v in parts[1]])) if parts[1] else float("nan"),
-        "SSIM, two asked for": float(np.mean([v.ssim for v in parts[2]])) if parts[2] else float("nan"),
+        "SSIM, one requested": float(np.mean([v.ssim for v in parts[1]])) if parts[1] else float("nan"),
+        "SSIM, two requested": float(np.mean([v.ssim for v in parts[2]])) if parts[2] else float("nan"),
     }
     titles = {1: "One subject requested", 2: "Two subjects requested"}
     return {

@@ -120,7 +120,7 @@ def describe(references: References, run: Run) -> str:
     return (
         f"{count:,} reference tokens of {who}, out of {examples} {which}. References are clean; the video beside them "
         f"is noised to t = {tokens.noise_time(run.config):.0f}, the median time of training, with seed {tokens.SEED}. "
-        "Tokens that show no subject, such as white padding, are left out."
+        "Tokens that show no subject, such as white padding, are left out. VFM is the vision foundation model."
     )
 
 

@@ -64,8 +64,8 @@ def test_the_sum_counts_one_and_two_subjects_apart():
     )
     numbers = found["numbers"]
     assert numbers["right subject"] == 0.6
-    assert numbers["right subject, one asked for"] == 1
-    assert numbers["right subject, two asked for"] == 0.5
+    assert numbers["right subject, one requested"] == 1
+    assert numbers["right subject, two requested"] == 0.5
     assert numbers["right subject in the true clips"] == 1
     np.testing.assert_allclose(numbers["SSIM to the true clip over the subject"], 0.4)
     one, two = found["confusions"]
@@ -76,4 +76,4 @@ def test_the_sum_counts_one_and_two_subjects_apart():
     assert matrix[place["cat"], place["coin"]] == matrix[place["rocket"], place["cat"]] == 1
     alone = score.evaluation([[verdict("cat", "cat", 0.8)]])
     assert len(alone["confusions"]) == 1
-    assert "right subject, two asked for" not in alone["numbers"]
+    assert "right subject, two requested" not in alone["numbers"]
