@@ -340,7 +340,6 @@ EXPECTED: dict[str, dict[str, int]] = {
         "tools/train.py": 1,
     },
     "tools_imported_by_tests": {
-        "tests/inference/test_generate.py": 1,
         "tests/perf/test_benchmark.py": 1,
         "tests/trainer/test_many_processes.py": 1,
         "tests/trainer/test_train.py": 1,
@@ -354,7 +353,6 @@ EXPECTED: dict[str, dict[str, int]] = {
     "prose_that_begins_with_of": {
         "refalign_jax/convert/infer.py": 1,
         "refalign_jax/flops.py": 4,
-        "refalign_jax/inference/generate.py": 2,
         "refalign_jax/models/rope.py": 1,
         "refalign_jax/sharding.py": 5,
         "refalign_jax/trainer/log.py": 1,

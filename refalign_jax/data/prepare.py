@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 from tqdm import tqdm
 
 from refalign_jax.atomic import write_text
@@ -28,10 +29,13 @@ from refalign_jax.data.examples import Example
 from refalign_jax.data.manifest import MANIFEST, read_manifest
 from refalign_jax.data.parts import join_parts, part_name
 from refalign_jax.data.records import Record, Skipped
+from refalign_jax.data.references import encode_references
 from refalign_jax.data.shard_writer import ShardWriter
 from refalign_jax.data.video import to_float
+from refalign_jax.encoders.interface import FeatureEncoder
 from refalign_jax.encoders.open import Encoders, open_encoders
 from refalign_jax.provenance import about
+from refalign_jax.types import Float
 
 SKIPPED = "skipped.jsonl"
 NOT_FINITE = "the encoders gave NaN or infinity"
@@ -93,19 +97,12 @@ def encode(clips: Sequence[Clip], encoders: Encoders) -> list[Example]:
     Raises:
       ValueError: the encoders' outputs don't fit each other.
     """
-    counts = [len(clip.references) for clip in clips]
-    ends = np.cumsum(counts)[:-1]
     videos = encoders.video.encode(np.stack([to_float(clip.video) for clip in clips]))
     texts = encoders.text.encode([clip.record.prompt for clip in clips])
-    images = np.concatenate([to_float(clip.references) for clip in clips])
-    _, _, H, W, C = videos.shape
-    if len(images):
-        latents = encoders.video.encode(images[:, None])[:, 0]
-        features = encoders.vfm.encode(images)
-    else:
-        latents = np.empty((0, H, W, C), np.float32)
-        features = np.empty((0, H // 2, W // 2, encoders.vfm.width), np.float32)
-    features = features.reshape(len(images), H // 2 * (W // 2), encoders.vfm.width)
+    images = np.concatenate([clip.references for clip in clips])
+    latents = encode_references(images, encoders.video)
+    features = _features(images, encoders.vfm)
+    ends = np.cumsum([len(clip.references) for clip in clips])[:-1]
     parts = zip(clips, videos, texts, np.split(latents, ends), np.split(features, ends), strict=True)
     return [
         Example(
@@ -120,6 +117,13 @@ def encode(clips: Sequence[Clip], encoders: Encoders) -> list[Example]:
         )
         for clip, video, text, reference_latents, vfm_features in parts
     ]
+
+
+def _features(images: UInt8[np.ndarray, "R h w 3"], vfm: FeatureEncoder) -> Float[np.ndarray, "R P E"]:
+    """Computes the VFM's features of references, P patches in row-major order; R may be 0."""
+    R, h, w, _ = images.shape
+    P = h // vfm.patch_size * (w // vfm.patch_size)
+    return vfm.encode(to_float(images)).reshape(R, P, vfm.width) if R else np.empty((0, P, vfm.width), np.float32)
 
 
 def _examples(

@@ -20,7 +20,8 @@ from PIL import Image
 
 from refalign_jax.config import AugmentConfig
 from refalign_jax.data.records import Reference
-from refalign_jax.data.video import Box, cut_out, read_frames, read_image, read_mask
+from refalign_jax.data.video import Box, cut_out, read_frames, read_image, read_mask, to_float
+from refalign_jax.encoders.interface import VideoCodec
 from refalign_jax.types import Bool, Float
 
 _MARGIN = 2
@@ -57,6 +58,18 @@ def load_reference(
         image, mask if mask is None or isinstance(mask, np.ndarray) else read_mask(mask), reference.box, str(path)
     )
     return put_on_white(*subject, height, width, augment if reference.own_clip else None, rng)
+
+
+def encode_references(images: UInt8[np.ndarray, "R h w 3"], codec: VideoCodec) -> Float[np.ndarray, "R H W C"]:
+    """Encodes references, RGB on white, each as a video of one frame; R may be 0.
+
+    Returns:
+      Normalised latents, float32.
+    """
+    if not len(images):
+        _, h, w, _ = images.shape
+        return np.empty((0, h // codec.stride, w // codec.stride, codec.channels), np.float32)
+    return codec.encode(to_float(images)[:, None])[:, 0]
 
 
 def cut_subject(

@@ -25,8 +25,8 @@ from refalign_jax.convert.infer import infer_config
 from refalign_jax.convert.load import initial_params
 from refalign_jax.data.manifest import read_manifest
 from refalign_jax.data.records import random_of
-from refalign_jax.data.references import load_reference
-from refalign_jax.data.video import to_float, write_latents
+from refalign_jax.data.references import encode_references, load_reference
+from refalign_jax.data.video import write_latents
 from refalign_jax.encoders.interface import TextEncoder, VideoCodec
 from refalign_jax.encoders.open import (
     open_text_encoder,
@@ -237,8 +237,7 @@ def draw(
     H, W, C = rows // codec.stride, columns // codec.stride, codec.channels
     latents = np.zeros((size, max(most_references, 1), H, W, C), np.float32)
     for row, image in zip(latents, images, strict=False):
-        if len(image):
-            row[: len(image)] = codec.encode(to_float(image)[:, None])[:, 0]
+        row[: len(image)] = encode_references(image, codec)
     latents[len(requests) :] = latents[len(requests) - 1]
     counts = np.array([len(request.references) for request in padded], np.int32)
     text = _embed([request.prompt for request in padded], generator)
