@@ -144,7 +144,7 @@ class BatchIterator:
             if state.get(name) != value:
                 raise ValueError(
                     f"The data iterator was saved with {name} {state.get(name)}, now it is {value}; "
-                    "the order of examples would change, so restore the old setting or start anew."
+                    "the order of examples would change, so restore the old setting or start a new run."
                 )
         self.close()
         self._consumed = state["examples_consumed"]

@@ -39,7 +39,6 @@ class ShardWriter:
       folder: where to write; created if it does not exist. It must have one writer at a time.
       storage: dtype of each field.
       made: how the dataset is made, any JSON; "encoders" in it must be what it was when the dataset was begun.
-      name: shards are named `name-00000.array_record` and so on.
       examples_per_shard: number of examples after which a shard is finished.
 
     Raises:
@@ -53,13 +52,12 @@ class ShardWriter:
         *,
         storage: Storage,
         made: Mapping[str, Any],
-        name: str = "examples",
         examples_per_shard: int = 64,
     ) -> None:
         if examples_per_shard < 1:
             raise ValueError(f"examples_per_shard is {examples_per_shard}; it must be at least 1.")
         self.folder = epath.Path(folder)
-        self._name, self._size = name, examples_per_shard
+        self._size = examples_per_shard
         self._open: _OpenShard | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -71,10 +69,10 @@ class ShardWriter:
         made = json.loads(json.dumps(dict(made)))
         self.manifest = Manifest(complete=False, storage=storage, made=made)
         if begun:
-            self._go_on(read_manifest(folder))
+            self._continue(read_manifest(folder))
         self._ids = {id for shard in self.manifest.shards for id in shard.ids}
 
-    def _go_on(self, found: Manifest) -> None:
+    def _continue(self, found: Manifest) -> None:
         """Continues the dataset of an earlier writer."""
         if found.storage != self.manifest.storage:
             raise ValueError(f"{self.folder} holds examples stored as {found.storage}, not as {self.manifest.storage}.")
@@ -110,7 +108,7 @@ class ShardWriter:
         self.manifest = dataclasses.replace(self.manifest, video_latents=shape, text_width=text, vfm_width=vfm)
         if self._open is None:
             number = len(self.manifest.shards)
-            self._open = _OpenShard(self.folder / f"{self._name}-{number:05d}.array_record")
+            self._open = _OpenShard(self.folder / f"examples-{number:05d}.array_record")
         self._open.write(blob, example)
         self._ids.add(example.id)
         if len(self._open.ids) == self._size:

@@ -1,4 +1,4 @@
-"""Reads the examples of a dataset on disk, at random."""
+"""Random access to the examples of a dataset on disk."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ShardSource:
         if not self.manifest.complete:
             raise ValueError(
                 f"{self.folder} is unfinished with {self.manifest.num_examples} examples in {len(shards)} shards; "
-                "run the command that prepares it again, it goes on where it stopped."
+                "run the command that prepares it again; it continues where it stopped."
             )
         if not shards:
             raise ValueError(f"{self.folder} holds no examples; prepare at least one.")

@@ -2,12 +2,12 @@
 
 It has the VAE's causal geometry: the first frame by itself, then groups of four, each cut into blocks of t x s x s
 pixels, t = 1 or 4. A 4-D orthonormal DCT over time, rows, columns and colour turns a block into as many coefficients.
-The codec keeps the C of largest variance under a first-order Markov model of video,
+The codec retains the C of largest variance under a first-order Markov model of video,
 
     cov(x, x') = σ_c² · ρ_s^(|Δy| + |Δx|) · ρ_t^|Δt|,    var(k) = σ_c² · v(k_t) v(k_y) v(k_x),  v = diag(D R Dᵀ),
 
 each divided by its standard deviation. Decoding latents and encoding the result gives the same latents; encoding pixels
-and decoding the result gives their projection onto the kept coefficients.
+and decoding the result gives their projection onto the retained coefficients.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _bases(stride: int, channels: int) -> dict[int, Float[np.ndarray, "C t_s_s_3
 
 
 class DCTCodec:
-    """A `VideoCodec` that keeps the C strongest DCT coefficients of each block.
+    """A `VideoCodec` that retains the C DCT coefficients of largest variance in each block.
 
     Args:
       stride: side s of a block, 4 or 8 pixels.
