@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from refalign_jax.encoders.open import reopen_video_codec
 from refalign_jax.inference.generate import generate, open_generator
 from refalign_jax.inference.outputs import write_samples
 from refalign_jax.inference.requests import Request
-from refalign_jax.report.page import write_report
 from refalign_jax.trainer.loop import train
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ def demo(demo: DemoConfig, recipe: Config) -> Path:
     """
     run = whole_run(demo, recipe, seed=0, aligned=True)
     report = demo.folder / "report.html"
-    write_report(run, report)
+    _write_report(run, report)
     return report
 
 
@@ -66,8 +65,14 @@ def compare(demo: DemoConfig, recipe: Config) -> Path:
         [whole_run(demo, recipe, seed=seed, aligned=aligned) for aligned in (True, False)] for seed in range(demo.seeds)
     ]
     report = demo.folder / "comparison.html"
-    write_report(runs[0][0], report, [(aligned, unaligned) for aligned, unaligned in runs])
+    _write_report(runs[0][0], report, [(aligned, unaligned) for aligned, unaligned in runs])
     return report
+
+
+def _write_report(run: Path, out: Path, pairs: Sequence[tuple[Path, Path]] = ()) -> None:
+    from refalign_jax.report import page  # here, because it imports Matplotlib, which no other stage needs
+
+    page.write_report(run, out, pairs)
 
 
 def whole_run(demo: DemoConfig, recipe: Config, *, seed: int, aligned: bool) -> Path:

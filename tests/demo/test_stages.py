@@ -22,6 +22,7 @@ from refalign_jax.config import (
 from refalign_jax.convert.checkpoint import find_checkpoint, read_json
 from refalign_jax.demo import stages
 from refalign_jax.demo.stages import compare, demo
+from refalign_jax.report import page
 from refalign_jax.trainer.loop import train
 
 RECIPE = ROOT / "configs" / "demo.py"
@@ -65,14 +66,14 @@ def test_every_stage_once(tmp_path, monkeypatch):
     report = demo(config, SMALL)
     assert find_checkpoint(run)[0].name == "2"
     assert report == tmp_path / "demo" / "report.html"
-    page = report.read_text()
+    shown = report.read_text()
     entries = json.loads((run / "samples" / "samples.json").read_text())
     assert [entry["id"] for entry in entries] == ["00016", "00017", "00018"]  # the first of those held out
     for entry in entries:
         assert entry["scores"].keys() == {"right", "ssim"}
         for name in (entry["video"], entry["truth"], *(reference["image"] for reference in entry["references"])):
             assert (run / "samples" / name).exists()
-        assert entry["prompt"] in page
+        assert entry["prompt"] in shown
     found = json.loads((run / "evaluation.json").read_text())
     assert found["numbers"]["right subject in the true clips"] == 1
     assert found["numbers"]["samples"] == 3
@@ -81,7 +82,7 @@ def test_every_stage_once(tmp_path, monkeypatch):
     done = [*run.rglob("*.mp4"), *(config.folder / "dataset").glob("*.array_record"), run / "evaluation.json"]
     before = {file: file.stat().st_mtime_ns for file in done}
     asked = []
-    monkeypatch.setattr(stages, "write_report", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(page, "write_report", lambda *arguments: asked.append(arguments))
     report = compare(config, SMALL)
     other = config.folder / "seed-0-unaligned"
     assert report == config.folder / "comparison.html"
