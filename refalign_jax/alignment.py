@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from refalign_jax.config import AlignmentConfig
+from refalign_jax.models.dit import Observer
 from refalign_jax.sharding import BATCH, TOKENS, constrain
 from refalign_jax.types import Array, Bool, Float, Int, Params
 
@@ -130,14 +131,16 @@ class Targets(NamedTuple):
     """What reference tokens are compared with.
 
     Attributes:
-      features: VFM tokens of the references, normalised over space where configured, 0 where padded, float32.
+      features: VFM features of the references, normalised over space where configured, 0 where padded, float32.
       subject_ids: which subject a reference shows.
       real: False where a reference is padding.
+      grid: token rows and columns of a reference, P = rows·columns.
     """
 
     features: Float[Array, "B R P E"]
     subject_ids: Int[Array, "B R"]
     real: Bool[Array, "B R"]
+    grid: tuple[int, int]
 
 
 def make_targets(
@@ -173,53 +176,55 @@ def make_targets(
     features = jnp.where(real[..., None, None], features.astype(jnp.float32), 0)
     if config.normalize_targets:
         features = normalize_targets(features, config.target_mean_removed)
-    return Targets(features, subject_ids, real)
+    return Targets(features, subject_ids, real, grid)
 
 
 def block_terms(
-    projector: Params,
-    tokens: Float[Array, "B _ D"],
-    targets: Targets,
-    grid: tuple[int, int],
-    config: AlignmentConfig,
+    projector: Params, tokens: Float[Array, "B _ D"], targets: Targets, config: AlignmentConfig
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
-    """L₊ and L₋ of one aligned block for each sample; recomputed for the gradient, so that only its inputs are kept.
+    """L₊ and L₋ of one aligned block for each sample; recomputed for the gradient, so only its inputs are retained.
 
     Args:
       projector: of this block.
-      tokens: reference tokens after it, R·P and what pads them, any float dtype.
+      tokens: reference tokens after it, R·P and the padding behind them, any float dtype.
       targets: what `make_targets` returned.
-      grid: token rows and columns of a reference.
       config: margins, kind of projector.
     """
     B, R, P, E = targets.features.shape
 
     @jax.checkpoint
-    def terms(projector: Params, tokens: Array, targets: Targets) -> tuple[Array, Array]:
-        student = project(projector, tokens, grid, config)[:, : R * P].reshape(B, R, P, E)
-        return pull_push(student, *targets, config)
+    def terms(projector: Params, tokens: Array, features: Array) -> tuple[Array, Array]:
+        student = project(projector, tokens, targets.grid, config)[:, : R * P].reshape(B, R, P, E)
+        return pull_push(student, features, targets.subject_ids, targets.real, config)
 
     with jax.named_scope("alignment"):
-        return terms(projector, tokens, targets)
+        return terms(projector, tokens, targets.features)
+
+
+def observer(projectors: Params, targets: Targets, config: AlignmentConfig) -> Observer[tuple[Array, Array]]:
+    """An observer of the transformer that computes L₊ and L₋ after each aligned block, [A, B] each.
+
+    Args:
+      projectors: of all aligned blocks, as `init_projectors` returns them.
+      targets: what `make_targets` returned.
+      config: margins, kind of projector, number of blocks.
+    """
+    return Observer(config.num_blocks, lambda streams, p: block_terms(p, streams[1], targets, config), projectors)
 
 
 def alignment_terms(
-    projectors: Params,
-    features: Float[Array, "A B R P D"],
-    targets: Targets,
-    grid: tuple[int, int],
-    config: AlignmentConfig,
+    projectors: Params, features: Float[Array, "A B R P D"], targets: Targets, config: AlignmentConfig
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """Means over the aligned blocks of L₊ and of L₋, for each sample, from features that are at hand.
 
-    Training takes the same terms block by block on the way through the transformer; see `objective.py`.
+    Training takes the same terms block by block on the way through the transformer, by `observer`.
 
     Returns:
       pull [B] and push [B], float32, ≥ 0.
     """
     A, B = features.shape[:2]
     flat = features.reshape(A, B, -1, features.shape[-1])
-    pull, push = jax.lax.map(lambda xs: block_terms(xs[0], xs[1], targets, grid, config), (projectors, flat))
+    pull, push = jax.lax.map(lambda xs: block_terms(xs[0], xs[1], targets, config), (projectors, flat))
     return jnp.mean(pull, axis=0), jnp.mean(push, axis=0)
 
 

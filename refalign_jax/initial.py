@@ -8,7 +8,7 @@ import jax
 
 from refalign_jax.alignment import init_projectors
 from refalign_jax.config import ModelConfig
-from refalign_jax.models.dit import init_params
+from refalign_jax.models.transformer import init_params
 from refalign_jax.types import Array
 
 

@@ -7,14 +7,14 @@ Pure: parameters, batch, noise and schedule indices in; loss and its terms out. 
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from refalign_jax import alignment, flow
 from refalign_jax.config import ModelConfig
-from refalign_jax.models.dit import DiT
+from refalign_jax.models import transformer
+from refalign_jax.models.condition import Condition
 from refalign_jax.types import Array, Bool, Float, Int, Params
 
 
@@ -24,10 +24,10 @@ class Batch(NamedTuple):
     Attributes:
       video_latents: [B, F, H, W, C].
       text: [B, S, text_width], padding rows zero.
-      reference_latents: [B, R, H, W, C].
-      num_references: [B], how many of the R are real; the others stand behind them.
-      subject_ids: [B, R].
-      vfm_features: [B, R, P, E], targets of the alignment.
+      reference_latents: [B, R, H, W, C]; R may be 0.
+      num_references: [B], how many of the R references are real; the others are padding behind them.
+      subject_ids: [B, R], which subject a reference shows.
+      vfm_features: [B, R, P, E], the VFM's features of the references, which they are aligned with.
       aligned: [B], False where the references were dropped, so that the sample has no alignment loss.
     """
 
@@ -38,6 +38,13 @@ class Batch(NamedTuple):
     subject_ids: Array
     vfm_features: Array
     aligned: Array
+
+    @property
+    def condition(self) -> Condition:
+        """The prompts and references."""
+        if not self.reference_latents.shape[1]:
+            return Condition(self.text)
+        return Condition(self.text, self.reference_latents, self.num_references)
 
 
 class Terms(NamedTuple):
@@ -70,50 +77,37 @@ def sample_terms(
     step: Int[Array, ""],
     config: ModelConfig,
 ) -> tuple[Terms, Float[Array, "B F H W C"]]:
-    """The terms of every sample's loss, and the velocity on the way to them.
+    """Computes the terms of every sample's loss, and the velocity on the way to them.
 
     Args:
       params: {"dit": …} and, where the alignment weight is not 0, {"projectors": …}.
       batch: what to train on.
       noise: standard normal.
-      index: place of each sample in the training schedule, in [0, num_train_steps).
-      step: training step, from which `AlignmentConfig.stop_step` counts.
-      config: of the transformer, the alignment and the flow.
+      index: each sample's index into the training schedule, in [0, num_train_steps).
+      step: training step, which `AlignmentConfig.stop_step` is compared with.
+      config: transformer, alignment and flow.
     """
     sigma, t, weight = flow.lookup(flow.training_schedule(config.flow), index)
     noisy, target = flow.corrupt(batch.video_latents, noise, sigma)
-    any_references = batch.reference_latents.shape[1] > 0
-    transformer = functools.partial(
-        DiT(config.dit).apply,
-        {"params": params["dit"]},
-        noisy,
-        t,
-        batch.text,
-        batch.reference_latents if any_references else None,
-        batch.num_references if any_references else None,
-    )
-    outputs: Any
-    if config.alignment.weight > 0 and any_references:
-        grid = config.dit.token_grid(*batch.reference_latents.shape[1:4])[1:]
-        targets = alignment.make_targets(
-            batch.vfm_features, batch.subject_ids, batch.num_references, grid, config.alignment
-        )
-        outputs = transformer(
-            num_feature_blocks=config.alignment.num_blocks,
-            tap=lambda projector, tokens: alignment.block_terms(projector, tokens, targets, grid, config.alignment),
-            tap_params=params["projectors"],
-        )
-        velocity, terms = outputs
+    inputs = params["dit"], config.dit, noisy, t, batch.condition
+    if config.alignment.weight > 0 and batch.condition.reference_latents is not None:
+        observer = alignment.observer(params["projectors"], batch_targets(batch, config), config.alignment)
+        velocity, terms = transformer.observe(*inputs, observer)
         pull, push = (jnp.mean(x, axis=0) * batch.aligned for x in terms)
     else:
-        outputs = transformer()
-        velocity = outputs[0]
+        velocity = transformer.velocity(*inputs)
         pull = push = jnp.zeros_like(t)
     errors = flow.flow_errors(velocity, target)
     gate = alignment.gate(t, config.alignment)
     aligned = alignment.alignment_loss(pull, push, config.alignment)
     loss = weight * errors + alignment.schedule_weight(step, config.alignment) * gate * aligned
     return Terms(errors, weight, gate, pull, push, aligned, loss), velocity
+
+
+def batch_targets(batch: Batch, config: ModelConfig) -> alignment.Targets:
+    """The targets of a batch's reference tokens; errors as in `alignment.make_targets`."""
+    grid = transformer.token_grid(config.dit, batch.reference_latents.shape)[1:]
+    return alignment.make_targets(batch.vfm_features, batch.subject_ids, batch.num_references, grid, config.alignment)
 
 
 def objective(
@@ -124,7 +118,7 @@ def objective(
     step: Int[Array, ""],
     config: ModelConfig,
 ) -> tuple[Float[Array, ""], Terms]:
-    """The mean loss of the batch, and its terms; arguments as in `sample_terms`."""
+    """Returns the mean loss of the batch, and its terms; arguments as in `sample_terms`."""
     terms, _ = sample_terms(params, batch, noise, index, step, config)
     return jnp.mean(terms.loss), terms
 

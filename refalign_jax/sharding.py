@@ -15,13 +15,14 @@ effect, and the model is a program of one device.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from refalign_jax.config import DiTConfig, MeshConfig
 from refalign_jax.types import Array
@@ -181,6 +182,17 @@ def constrain(x: Array, place: PartitionSpec) -> Array:
     in place of the kernel.
     """
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, place)
+
+
+def unsharded() -> contextlib.AbstractContextManager[Any]:
+    """A context without a mesh, within which programs are those of one device."""
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+
+
+def is_split() -> bool:
+    """Whether the ambient mesh has more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
 
 
 def context_parts() -> int:

@@ -127,7 +127,7 @@ def test_projectors_of_both_kinds_learn_to_align(projector):
     @jax.value_and_grad
     def loss(params):
         made = alignment.make_targets(targets, ids, counts, (2, 2), config)
-        pull, push = alignment.alignment_terms(params, features, made, (2, 2), config)
+        pull, push = alignment.alignment_terms(params, features, made, config)
         return alignment.alignment_loss(pull, push, config)[0]
 
     first, gradient = loss(params)

@@ -1,6 +1,7 @@
 """Sampling: guidance, its two executions, and a program without a trace of alignment."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -10,8 +11,9 @@ import pytest
 from support import tiny
 
 from refalign_jax.config import AlignmentConfig, MeshConfig, ModelConfig, SamplingConfig
-from refalign_jax.models.dit import DiT
-from refalign_jax.sampling import guided_velocity, sample
+from refalign_jax.models.condition import Condition
+from refalign_jax.models.transformer import velocity
+from refalign_jax.sampling import guided_velocity, sample, velocities
 from refalign_jax.sharding import make_mesh, replicated, state_sharding
 
 STEPS = SamplingConfig(num_steps=3)
@@ -20,14 +22,8 @@ STEPS = SamplingConfig(num_steps=3)
 def inputs(counts=None, references=True):
     batch = tiny.batch([3])
     negative = jnp.asarray(np.random.default_rng(5).standard_normal(batch.text.shape), jnp.float32)
-    return (
-        tiny.params()["dit"],
-        batch.video_latents,
-        batch.text,
-        negative,
-        batch.reference_latents if references else None,
-        counts,
-    )
+    prompt = Condition(batch.text, batch.reference_latents, counts) if references else Condition(batch.text)
+    return tiny.params()["dit"], batch.video_latents, prompt, prompt._replace(text=negative)
 
 
 @pytest.mark.parametrize("references", [True, False])
@@ -39,16 +35,18 @@ def test_one_batched_forward_equals_one_after_the_other(references):
 
 
 def test_guidance_is_its_equation():
-    params, x, text, negative, references, _ = inputs()
+    params, x, prompt, negative = inputs()
     t = jnp.array([700.0])
 
     def v(text, references):
-        return DiT(tiny.DIT).apply({"params": params}, x, t, text, references)[0]
+        return velocity(params, tiny.DIT, x, t, Condition(text, references))
 
-    n0, nr, cr = v(negative, 0 * references), v(negative, references), v(text, references)
-    guided = guided_velocity(params, x, t, text, negative, references, None, tiny.DIT, STEPS)
+    references = prompt.reference_latents
+    n0, nr, cr = v(negative.text, 0 * references), v(negative.text, references), v(prompt.text, references)
+    each = functools.partial(velocities, params, tiny.DIT, x, t, batched=False)
+    guided = guided_velocity(lambda *conditions: each(conditions), prompt, negative, STEPS)
     assert tiny.relative(guided, n0 + 5.0 * (nr - n0) + 7.5 * (cr - nr)) <= 1e-5
-    assert tiny.relative(n0, v(negative, None)) > 1e-4, "zero references are not the absence of references"
+    assert tiny.relative(n0, v(negative.text, None)) > 1e-4, "zero references are not the absence of references"
 
 
 def test_one_video_over_eight_devices_is_the_same_video():
@@ -67,7 +65,9 @@ def test_one_video_over_eight_devices_is_the_same_video():
 def test_padded_references_change_no_sample():
     args = inputs(counts=jnp.array([1]))
     padded = sample(*args, dit=tiny.DIT, config=STEPS)
-    alone = sample(*args[:4], args[4][:, :1], None, dit=tiny.DIT, config=STEPS)
+    params, noise, *conditions = args
+    one = [c._replace(reference_latents=c.reference_latents[:, :1], num_references=None) for c in conditions]
+    alone = sample(params, noise, *one, dit=tiny.DIT, config=STEPS)
     assert tiny.relative(padded, alone) <= 1e-5
 
 

@@ -58,7 +58,7 @@ def main(
     def ours(projectors: Params, features: Array, targets: Array) -> Array:
         ids, counts = jnp.arange(references)[None], jnp.full((1,), references)
         made = make_targets(targets, ids, counts, (tokens, 1), config)
-        return alignment_loss(*alignment_terms(projectors, features, made, (tokens, 1), config), config)[0]
+        return alignment_loss(*alignment_terms(projectors, features, made, config), config)[0]
 
     results = {}
 

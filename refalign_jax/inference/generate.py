@@ -37,6 +37,7 @@ from refalign_jax.encoders.open import (
 from refalign_jax.inference.outputs import describe_sample, find_done, write_references, write_samples
 from refalign_jax.inference.requests import Request
 from refalign_jax.initial import model_shapes
+from refalign_jax.models.condition import Condition
 from refalign_jax.sampling import sample
 from refalign_jax.sharding import make_mesh, place_shapes, to_devices
 from refalign_jax.types import Float, Params
@@ -249,9 +250,12 @@ def draw(
         ]
     )
     with jax.set_mesh(generator.mesh):
+        prompt = Condition(*to_devices((text, latents, counts), generator.mesh))
         drawn = sample(
             generator.params,
-            *to_devices((noise, text, negative, latents, counts), generator.mesh),
+            to_devices(noise, generator.mesh),
+            prompt,
+            prompt._replace(text=to_devices(negative, generator.mesh)),
             dit=config.model.dit,
             config=config.sampling,
         )

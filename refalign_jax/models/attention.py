@@ -7,11 +7,11 @@
     cudnn    NVIDIA, 16-bit             lengths          the same
     xla      anywhere, float32 too      lengths          scores of all tokens in memory
 
-Padding is a suffix of the sequence and is given as a length a sample, never as a mask of tokens by tokens.
+Padding is a suffix of the sequence. It is given as one length per sample, never as a mask of tokens by tokens.
 
-On a mesh (Ulysses, arXiv 2309.14509): tokens are split over the context axis everywhere else, and no kernel takes a
-split sequence. So queries, keys and values change from some tokens of all heads to all tokens of some heads by an
-all-to-all, and the result changes back:
+On a mesh (Ulysses, arXiv 2309.14509), tokens are split over the context axis everywhere else, but no kernel takes a
+split sequence. So an all-to-all exchanges queries, keys and values from some tokens of all heads to all tokens of some
+heads, and another one exchanges the result back:
 
     [B, T/context, N/tensor, K]  ⇄  [B, T, N/(tensor·context), K]
 """
@@ -29,15 +29,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
-from refalign_jax.config import AttentionKernel, AttentionTiles
+from refalign_jax.config import AttentionKernel, AttentionTiles, DiTConfig
 from refalign_jax.sharding import BATCH, CONDITION, CONTEXT, HIDDEN, context_parts
 from refalign_jax.types import Array, Float, Int
 
 ATTENTION_OUTPUT = "attention"
-"""Name under which a remat policy can keep what a kernel returns: the output and, of splash, the log of the sums."""
+"""Checkpoint name of what a kernel returns: the output and, from splash, the log of the sums."""
 
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
-"""JAX's primitive of cuDNN's forward pass; the log of the sums, which its backward pass needs, has no other name."""
+"""JAX's primitive for cuDNN's forward pass, whose log of the sums has no checkpoint name."""
 
 LANES = 128
 """A TPU's vector width: tiles are multiples of it."""
@@ -50,20 +50,18 @@ def self_attention(
     keys: tuple[Float[Array, "B _ N K"], ...],
     values: tuple[Float[Array, "B _ N K"], ...],
     sizes: tuple[int, ...],
-    lengths: Int[Array, " B"] | None = None,
-    kernel: AttentionKernel = "auto",
-    tiles: AttentionTiles = _DEFAULT_TILES,
+    lengths: Int[Array, " B"] | None,
+    config: DiTConfig,
 ) -> tuple[Float[Array, "B _ N K"], ...]:
     """Attends within a sequence that is held as several streams, one behind the other.
 
     Args:
-      queries: of each stream, rotated; on a mesh, tokens lie on the context axis.
-      keys: likewise.
-      values: likewise.
-      sizes: tokens of each stream; those behind are there to divide evenly over the context, and take no part.
-      lengths: tokens of each sample's sequence that count, of `sum(sizes)`; None, all.
-      kernel: as in `attention`.
-      tiles: of the splash kernel.
+      queries: rotated queries of each stream; on a mesh, tokens are split over the context axis.
+      keys: rotated keys of each stream.
+      values: values of each stream.
+      sizes: number of tokens of each stream; those behind pad it to a multiple of the context axis and take no part.
+      lengths: number of tokens of each sample's sequence that are attended to, of `sum(sizes)`; None: all.
+      config: names the kernel and its tiles.
 
     Returns:
       The attended values of each stream, in its shape; 0 behind `sizes`.
@@ -79,7 +77,7 @@ def self_attention(
                 streams = tuple(jax.lax.all_to_all(x, CONTEXT, 2, 1, tiled=True) for x in streams)
             return jnp.concatenate([x[:, :size] for x, size in zip(streams, sizes, strict=True)], axis=1)
 
-        out = attention(whole(queries), whole(keys), whole(values), lengths, kernel, tiles)
+        out = attention(whole(queries), whole(keys), whole(values), lengths, config.attention, config.tiles)
         bounds = itertools.pairwise(itertools.accumulate(sizes, initial=0))
         streams = tuple(
             jnp.pad(out[:, a:b], ((0, 0), (0, size - (b - a)), (0, 0), (0, 0)))
@@ -99,19 +97,17 @@ def cross_attention(
     q: Float[Array, "B L N K"],
     k: Float[Array, "B S N K"],
     v: Float[Array, "B S N K"],
-    kernel: AttentionKernel = "auto",
-    tiles: AttentionTiles = _DEFAULT_TILES,
+    config: DiTConfig,
 ) -> Float[Array, "B L N K"]:
-    """Attends from every query to all keys; on a mesh, each device from its own queries, which stay where they are.
+    """Attends from every query to all keys; on a mesh, each device attends from the queries that it holds.
 
     Args:
-      q: queries; on a mesh, tokens lie on the context axis.
-      k: keys, whole on every device but for heads and batch.
-      v: values, as the keys.
-      kernel: as in `attention`.
-      tiles: of the splash kernel.
+      q: queries; on a mesh, tokens are split over the context axis.
+      k: keys; every device of the context axis holds all of them.
+      v: values, placed as the keys.
+      config: names the kernel and its tiles.
     """
-    local = functools.partial(attention, kernel=kernel, tiles=tiles)
+    local = functools.partial(attention, kernel=config.attention, tiles=config.tiles)
     if jax.sharding.get_abstract_mesh().empty:
         return local(q, k, v)
     specs = (HIDDEN, CONDITION, CONDITION)
@@ -126,15 +122,15 @@ def attention(
     kernel: AttentionKernel = "auto",
     tiles: AttentionTiles = _DEFAULT_TILES,
 ) -> Float[Array, "B Q N K"]:
-    """Attends from every query to the first `lengths` keys of its sample; all of it on one device.
+    """Attends from every query to the first `lengths` keys of its sample; all on one device.
 
     Args:
       q: queries.
       k: keys.
-      v: values; behind `lengths` any finite number, which changes nothing.
-      lengths: keys that count in each sample; None, all.
-      kernel: `splash` (TPU), `cudnn` (NVIDIA, 16-bit), `xla`, or `auto`: the fast one of the platform.
-      tiles: of the splash kernel.
+      v: values; finite behind `lengths`, where they change nothing.
+      lengths: number of keys that are attended to in each sample; None: all.
+      kernel: `splash` (TPU), `cudnn` (NVIDIA, 16-bit), `xla`, or `auto`, the fastest one on the platform.
+      tiles: tile sizes of the splash kernel.
 
     Returns:
       The attended values in q's dtype; softmax runs in float32.

@@ -8,14 +8,14 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from refalign_jax.sharding import TOKENS, constrain
+from refalign_jax.sharding import TOKENS, constrain, is_split
 from refalign_jax.types import Array, Float
 
 LINEAR_OUTPUT = "linear"
-"""Name under which a remat policy can keep the outputs of linear layers."""
+"""Checkpoint name of the outputs of linear layers."""
 
 HIDDEN_OUTPUT = "hidden"
-"""The same of the feed-forward network's hidden layer, which is the widest."""
+"""Checkpoint name of the feed-forward network's hidden layer, which is the widest."""
 
 
 def precision_of(dtype: jnp.dtype) -> jax.lax.Precision:
@@ -23,41 +23,23 @@ def precision_of(dtype: jnp.dtype) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-@jax.custom_vjp
 def matmul(x: Float[Array, "B T I"], kernel: Float[Array, "I O"]) -> Float[Array, "B T O"]:
-    """Returns x @ kernel, with a weight gradient that is fast on CPUs too.
+    """Returns x @ kernel.
 
-    XLA:CPU contracts two axes at once naively, 2.5 times slower for a whole MLP than the same product over
-    flattened tokens; other platforms want the axes apart, since they may be sharded differently.
+    Where the axes of x are not split over devices, tokens are flattened first: XLA:CPU computes the weight gradient,
+    which contracts B and T, naively over two axes and 2.5 times faster over one.
     """
-    return jnp.einsum("bti,io->bto", x, kernel, precision=precision_of(x.dtype))
-
-
-def _matmul_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return matmul(x, kernel), (x, kernel)
-
-
-def _matmul_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = residuals
     precision = precision_of(x.dtype)
-
-    def flattened(x: Array, g: Array) -> Array:
-        return jnp.einsum("ti,to->io", x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1]), precision=precision)
-
-    def apart(x: Array, g: Array) -> Array:
-        return jnp.einsum("bti,bto->io", x, g, precision=precision)
-
-    dx = jnp.einsum("bto,io->bti", g, kernel, precision=precision)
-    return dx, jax.lax.platform_dependent(x, g, cpu=flattened, default=apart)
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
+    if is_split():
+        return jnp.einsum("bti,io->bto", x, kernel, precision=precision)
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, precision=precision)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 class Linear(nn.Module):
-    """Maps to x @ kernel + bias over the last axis of [B, T, I], in `dtype`; parameters start as float32.
+    """Maps [B, T, I] to x @ kernel + bias, computed in `dtype`; parameters are float32.
 
-    The output lies on the mesh at `place` and is kept by remat policies that keep `kept_as`.
+    The output is placed on the mesh as `place` says and has the checkpoint name `kept_as`.
     """
 
     features: int

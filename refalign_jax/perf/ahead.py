@@ -100,9 +100,8 @@ def lower(config: Config, mesh: Mesh, step: Step) -> jax.stages.Lowered:
     params = place_shapes({"dit": model_shapes(config.model)["dit"]}, mesh, jnp.dtype(dit.compute_dtype))["dit"]
     video = batch.video_latents
     noise = jax.ShapeDtypeStruct(video.shape, jnp.float32, sharding=video.sharding)
-    references = (batch.reference_latents, batch.num_references) if data.max_references else (None, None)
     with jax.set_mesh(mesh):
-        return sample.lower(params, noise, batch.text, batch.text, *references, dit=dit, config=config.sampling)
+        return sample.lower(params, noise, batch.condition, batch.condition, dit=dit, config=config.sampling)
 
 
 def _batch_shapes(config: Config, mesh: Mesh) -> Any:

@@ -24,7 +24,8 @@ from refalign_jax.data.loader import make_loader
 from refalign_jax.data.shards import ShardSource
 from refalign_jax.flow import corrupt, lookup, training_schedule
 from refalign_jax.initial import random_params
-from refalign_jax.models.dit import DiT, patchify
+from refalign_jax.models.condition import Condition
+from refalign_jax.models.dit import Observer, observe, patchify
 from refalign_jax.report import representation
 from refalign_jax.report.run import Run
 from refalign_jax.sharding import make_mesh, place_shapes
@@ -149,8 +150,8 @@ def features(params: Params, references: References, config: Config, desc: str) 
         mine = example == n
         if mine.any():
             noise = np.random.default_rng([SEED, n]).standard_normal(row["video_latents"].shape, np.float32)
-            inputs = (row["video_latents"], noise, row["text"], row["reference_latents"], row["num_references"])
-            tokens = _forward(params["dit"], *inputs, place[mine], model)
+            condition = Condition(row["text"], row["reference_latents"], row["num_references"])
+            tokens = _forward(params["dit"], row["video_latents"], noise, condition, place[mine], model)
             found.append(np.asarray(tokens, np.float32))
     return np.concatenate(found, axis=1)
 
@@ -165,26 +166,15 @@ def _forward(
     dit: Params,
     latents: Float[Array, "1 F H W C"],
     noise: Float[Array, "1 F H W C"],
-    text: Float[Array, "1 S text_width"],
-    reference_latents: Float[Array, "1 R H W C"],
-    num_references: Int[Array, " 1"],
+    condition: Condition,
     place: Int[Array, " n"],
     model: ModelConfig,
 ) -> Float[Array, "layers n D"]:
     """Reference tokens at chosen places of one example after every block."""
     sigma, t, _ = lookup(training_schedule(model.flow), jnp.array([model.flow.num_train_steps // 2]))
     noisy, _ = corrupt(latents, noise, sigma)
-    outputs: Any = DiT(model.dit).apply(
-        {"params": dit},
-        noisy,
-        t,
-        text,
-        reference_latents,
-        num_references,
-        num_feature_blocks=model.dit.num_layers,
-        tap=lambda _, tokens: tokens[0, place],
-    )
-    return outputs[1]
+    observer = Observer(model.dit.num_layers, lambda streams, _: streams[1][0, place])
+    return observe(dit, model.dit, noisy, t, condition, observer)[1]
 
 
 @functools.cache

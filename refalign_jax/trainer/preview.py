@@ -53,10 +53,8 @@ def write_preview(
     latents = sample(
         params["dit"],
         jax.device_put(noise, batch.video_latents.sharding),
-        batch.text,
-        jnp.broadcast_to(empty_text.astype(batch.text.dtype), batch.text.shape),
-        batch.reference_latents,
-        batch.num_references,
+        batch.condition,
+        batch.condition._replace(text=jnp.broadcast_to(empty_text.astype(batch.text.dtype), batch.text.shape)),
         dit=config.model.dit,
         config=config.sampling,
     )

@@ -23,7 +23,8 @@ from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.table import to_ours, to_published
 from refalign_jax.initial import model_shapes
-from refalign_jax.models.dit import DiT
+from refalign_jax.models.condition import Condition
+from refalign_jax.models.dit import all_tokens, observe, reference_tokens, velocity
 from refalign_jax.objective import Batch, Terms, all_aligned, sample_terms
 from refalign_jax.sampling import sample
 from refalign_jax.types import Params
@@ -115,12 +116,12 @@ class DiTCheck:
         name = f"velocity_t{t}_refs{count}"
         x = self._latents("video_latents")
         references = self._latents("reference_latents")[:, : int(count)] if int(count) else None
-        inputs = (x, jnp.full(x.shape[:1], float(t), jnp.float32), jnp.asarray(self._need("text")), references)
-        velocity, _ = _forward(self.params["dit"], *inputs, config=self.config.dit)
-        row = self.report.compare(name, self._published(velocity), self.values[name], "forward")
-        self._hidden(name, inputs, row.passed)
+        condition = Condition(jnp.asarray(self._need("text")), references)
+        inputs = self.params["dit"], self.config.dit, x, jnp.full(x.shape[:1], float(t), jnp.float32), condition
+        row = self.report.compare(name, self._published(_velocity(*inputs)), self.values[name], "forward")
+        self._blocks(name, inputs, row.passed)
 
-    def _hidden(self, name: str, inputs: tuple, agrees: bool) -> None:
+    def _blocks(self, name: str, inputs: tuple, agrees: bool) -> None:
         """Compares the tokens after every block, if given, and names the first block that diverges."""
         given = self.values.get(f"{name}_blocks")
         if given is None:
@@ -130,7 +131,7 @@ class DiTCheck:
                     "where."
                 )
             return
-        states = _hidden_states(self.params["dit"], *inputs, config=self.config.dit)
+        states = _tokens(*inputs)
         self.report.compare(f"{name}_blocks", states, given, "forward")
         for i, (ours, theirs) in enumerate(zip(np.asarray(states), given, strict=True)):
             if not self.report._row("", ours, theirs, "forward").passed:
@@ -178,11 +179,12 @@ class DiTCheck:
             if f"{name}_{part}" in values:
                 self.report.compare(f"{name}_{part}", ours, values[f"{name}_{part}"], "forward")
         row = self.report.compare(f"{name}_velocity", self._published(velocity), values[f"{name}_velocity"], "forward")
-        inputs = noisy, t, batch.text, batch.reference_latents
-        self._hidden(name, inputs, row.passed)
+        condition = batch.condition._replace(num_references=None)
+        inputs = self.params["dit"], self.config.dit, noisy, t, condition
+        self._blocks(name, inputs, row.passed)
         if f"{name}_ref_features" in values:
             blocks = self.config.alignment.num_blocks
-            _, features = _forward(self.params["dit"], *inputs, config=self.config.dit, num_feature_blocks=blocks)
+            features = _features(*inputs, blocks)
             features = features.reshape(*features.shape[:2], -1, features.shape[-1])
             theirs = values[f"{name}_ref_features"]
             self.report.compare(f"{name}_ref_features", np.asarray(features, np.float32), theirs, "forward")
@@ -219,15 +221,10 @@ class DiTCheck:
         for part in ("sigmas", "timesteps"):
             if f"sample_{part}" in self.values:
                 self.report.compare(f"sample_{part}", getattr(table, part), self.values[f"sample_{part}"], "forward")
-        latents = sample(
-            self.params["dit"],
-            self._latents("sample_noise"),
-            jnp.asarray(self._need("text")),
-            jnp.asarray(self._need("negative_text")),
-            self._latents("reference_latents"),
-            dit=self.config.dit,
-            config=config,
-        )
+        prompt = Condition(jnp.asarray(self._need("text")), self._latents("reference_latents"))
+        negative = prompt._replace(text=jnp.asarray(self._need("negative_text")))
+        noise = self._latents("sample_noise")
+        latents = sample(self.params["dit"], noise, prompt, negative, dit=self.config.dit, config=config)
         self.report.compare("sample_latents", self._published(latents), self.values["sample_latents"], "sample")
 
     def _gradients(self, path: Path) -> None:
@@ -274,15 +271,23 @@ class DiTCheck:
         return float(loss), gradient
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_feature_blocks"))
-def _forward(params: Params, *inputs: Any, config: DiTConfig, num_feature_blocks: int = 0) -> Any:
-    return DiT(config).apply({"params": params}, *inputs, num_feature_blocks=num_feature_blocks)
+_velocity = jax.jit(velocity, static_argnums=1)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _hidden_states(params: Params, *inputs: Any, config: DiTConfig) -> Any:
-    states: Any = DiT(config).apply({"params": params}, *inputs, method="hidden_states")
-    return states.astype(jnp.float32)
+@functools.partial(jax.jit, static_argnums=(1, 5))
+def _features(
+    params: Params, config: DiTConfig, x: jax.Array, t: jax.Array, condition: Condition, num_blocks: int
+) -> jax.Array:
+    """Reference tokens after the first blocks, [A, B, R, P, D]."""
+    assert condition.reference_latents is not None
+    observer = reference_tokens(config, num_blocks, condition.reference_latents.shape)
+    return observe(params, config, x, t, condition, observer)[1]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _tokens(params: Params, config: DiTConfig, x: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
+    """All tokens after every block, [layers, B, tokens, D], float32."""
+    return observe(params, config, x, t, condition, all_tokens(config))[1].astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -60,10 +60,10 @@ def test_streams_on_a_mesh_equal_one_sequence(context, tensor):
         parts = [x[:, a:b] for a, b in itertools.pairwise(ends)]
         return tuple(jnp.pad(p, ((0, 0), (0, -p.shape[1] % context), (0, 0), (0, 0))) for p in parts)
 
-    attend = jax.jit(functools.partial(self_attention, sizes=sizes, kernel="xla"))
+    attend = jax.jit(functools.partial(self_attention, sizes=sizes, config=tiny.DIT))
     with jax.set_mesh(mesh):
         out = attend(streams(q), streams(k), streams(v), lengths=lengths)
-        crossed = jax.jit(functools.partial(cross_attention, kernel="xla"))(streams(q)[0], k, v)
+        crossed = jax.jit(functools.partial(cross_attention, config=tiny.DIT))(streams(q)[0], k, v)
     joined = jnp.concatenate([x[:, :size] for x, size in zip(out, sizes, strict=True)], axis=1)
     assert tiny.relative(joined, attention(q, k, v, lengths, "xla")) <= 1e-6
     assert all(bool((x[:, size:] == 0).all()) for x, size in zip(out, sizes, strict=True))

@@ -15,17 +15,18 @@ from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig, wan_1_3
 from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.table import published_shapes
 from refalign_jax.initial import model_shapes
-from refalign_jax.models import rope
-from refalign_jax.models.dit import DiT, patchify, unpatchify
+from refalign_jax.models import dit, rope
+from refalign_jax.models.condition import Condition
+from refalign_jax.models.dit import patchify, unpatchify
 from refalign_jax.objective import sample_terms
 from refalign_jax.trees import count
 
 TIMES = jnp.array([300, 40, 800])
 
 
-@functools.partial(jax.jit, static_argnames=("config", "features"))
-def forward(params, latents, t, text, references=None, counts=None, positions=None, *, config=tiny.DIT, features=0):
-    return DiT(config).apply({"params": params["dit"]}, latents, t, text, references, counts, positions, features)
+@functools.partial(jax.jit, static_argnames="config")
+def forward(params, latents, t, text, references=None, counts=None, config=tiny.DIT):
+    return dit.velocity(params["dit"], config, latents, t, Condition(text, references, counts))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -88,23 +89,30 @@ def test_padding_in_attention_is_masked_not_only_zeroed():
     params, batch = tiny.params(), tiny.batch([3])
     t = jnp.array([500.0])
     inputs = (params, batch.video_latents, t, batch.text)
-    alone, _ = forward(*inputs, batch.reference_latents[:, :1])
-    padded, _ = forward(*inputs, batch.reference_latents, jnp.array([1]))
-    unmasked, _ = forward(*inputs, batch.reference_latents.at[:, 1:].set(0))
+    alone = forward(*inputs, batch.reference_latents[:, :1])
+    padded = forward(*inputs, batch.reference_latents, jnp.array([1]))
+    unmasked = forward(*inputs, batch.reference_latents.at[:, 1:].set(0))
     assert tiny.relative(padded, alone) <= 1e-6
     assert tiny.relative(unmasked, alone) > 1e-3
 
 
 def test_permuting_references_with_their_positions_permutes_features_alone():
-    params, batch = tiny.params(), tiny.batch([3])
-    order = jnp.array([2, 0, 1])
-    positions = (tiny.GRID[0] + jnp.arange(3))[None]
-    inputs = (params, batch.video_latents, jnp.array([500.0]), batch.text)
-    velocity, features = forward(*inputs, batch.reference_latents, None, positions, features=2)
-    default, _ = forward(*inputs, batch.reference_latents)
-    permuted, other = forward(*inputs, batch.reference_latents[:, order], None, positions[:, order], features=2)
-    moved, _ = forward(*inputs, batch.reference_latents[:, order])
-    assert tiny.relative(velocity, default) <= 1e-6
+    params, batch, order = tiny.params()["dit"], tiny.batch([3]), jnp.array([2, 0, 1])
+
+    @jax.jit
+    def run(references, order):
+        """The velocity and the features of references whose positions are permuted."""
+        inputs = dit.embed(params, tiny.DIT, batch.video_latents, jnp.array([500.0]), Condition(batch.text, references))
+        video, turns = inputs.shared.rotations
+        turns = tuple(x.reshape(1, 3, -1, 1, 12)[:, order].reshape(x.shape) for x in turns)
+        inputs = inputs._replace(shared=inputs.shared._replace(rotations=(video, turns)))
+        observer = dit.reference_tokens(tiny.DIT, 2, references.shape)
+        streams, features = dit.run_blocks(params["blocks"], tiny.DIT, inputs, observer)
+        return dit.unembed(params, tiny.DIT, streams[0], inputs.e, batch.video_latents.shape), features
+
+    velocity, features = run(batch.reference_latents, jnp.arange(3))
+    permuted, other = run(batch.reference_latents[:, order], order)
+    moved, _ = run(batch.reference_latents[:, order], jnp.arange(3))
     assert tiny.relative(permuted, velocity) <= 1e-6
     assert tiny.relative(other, features[:, :, order]) <= 1e-6
     assert tiny.relative(moved, velocity) > 1e-4, "without their positions the order matters"
@@ -115,8 +123,8 @@ def test_bfloat16_is_close_to_float32():
     params = tiny.params(ModelConfig(dit=config, alignment=tiny.MODEL.alignment), spread=0.02)
     batch = tiny.batch([3])
     inputs = (params, batch.video_latents, jnp.array([500.0]), batch.text, batch.reference_latents)
-    exact, _ = forward(*inputs, config=config)
-    rounded, _ = forward(*inputs, config=dataclasses.replace(config, compute_dtype="bfloat16"))
+    exact = forward(*inputs, config=config)
+    rounded = forward(*inputs, config=dataclasses.replace(config, compute_dtype="bfloat16"))
     assert rounded.dtype == jnp.float32
     assert 1e-4 < tiny.relative(rounded, exact) <= 1e-2
 
@@ -140,12 +148,12 @@ def test_where_attention_is_kept_cudnn_computes_it_once(monkeypatch, remat, offl
     """Traced only, since it takes a GPU to run."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
     monkeypatch.setattr(fused_attention_stablehlo, "check_is_flash_attention", lambda *_, **__: None)
-    dit = dataclasses.replace(tiny.DIT, attention="cudnn", remat=remat, offload=offload, compute_dtype="bfloat16")
+    config = dataclasses.replace(tiny.DIT, attention="cudnn", remat=remat, offload=offload, compute_dtype="bfloat16")
     batch, params = tiny.batch([2]), tiny.params()["dit"]
 
     def loss(params):
-        inputs = (batch.video_latents, jnp.array([300.0]), batch.text, batch.reference_latents)
-        return jnp.sum(DiT(dit).apply({"params": params}, *inputs)[0])
+        condition = Condition(batch.text, batch.reference_latents)
+        return jnp.sum(dit.velocity(params, config, batch.video_latents, jnp.array([300.0]), condition))
 
     text = str(jax.make_jaxpr(jax.grad(loss))(params))
     kinds = 2  # to the tokens and to the text; in one scan
@@ -161,11 +169,19 @@ def test_both_ways_to_a_channels_partner_are_one(dtype):
     np.testing.assert_array_equal(rolled[..., 0::2], -x[..., 1::2].astype(jnp.float32))
 
 
-def test_features_and_hidden_states_are_the_same_tokens():
-    params, batch = tiny.params(), tiny.batch([3])
-    inputs = (batch.video_latents, jnp.array([500.0]), batch.text, batch.reference_latents)
-    _, features = forward(params, *inputs, features=2)
-    states = DiT(tiny.DIT).apply({"params": params["dit"]}, *inputs, method="hidden_states")
+def test_what_is_observed_are_the_tokens_and_changes_no_velocity():
+    params, batch = tiny.params()["dit"], tiny.batch([3])
+    inputs = (params, tiny.DIT, batch.video_latents, jnp.array([500.0]), Condition(batch.text, batch.reference_latents))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def observe(observer):
+        return dit.observe(*inputs, observer)
+
+    one, features = observe(dit.reference_tokens(tiny.DIT, 2, batch.reference_latents.shape))
+    other, states = observe(dit.all_tokens(tiny.DIT))
+    plain = dit.velocity(*inputs)
+    assert tiny.relative(one, plain) <= 1e-6
+    assert tiny.relative(other, plain) <= 1e-6
     tokens = tiny.GRID[0] * 6
     assert states.shape == (3, 1, tokens + 18, 24)
     np.testing.assert_allclose(states[:2, :, tokens:], features.reshape(2, 1, 18, 24), rtol=1e-5, atol=1e-5)
@@ -176,13 +192,13 @@ def test_any_grid_and_the_patches_round_trip(grid):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, *grid, 16)), jnp.float32)
     tokens = patchify(x, tiny.DIT)
     np.testing.assert_array_equal(unpatchify(tokens, tiny.DIT.token_grid(*grid), tiny.DIT), x)
-    velocity, _ = forward(tiny.params(), x, jnp.array([0.0, 1000.0]), jnp.zeros((2, 3, 16)))
+    velocity = forward(tiny.params(), x, jnp.array([0.0, 1000.0]), jnp.zeros((2, 3, 16)))
     assert velocity.shape == x.shape
     assert jnp.isfinite(velocity).all()
 
 
 @pytest.mark.parametrize(
-    ("manifest", "dit", "aligned"),
+    ("manifest", "size", "aligned"),
     [
         ("wan2.1_t2v_1.3b", wan_1_3b(), False),
         ("wan2.1_t2v_14b", wan_14b(), False),
@@ -190,12 +206,12 @@ def test_any_grid_and_the_patches_round_trip(grid):
         ("refalign_14b", wan_14b(), True),
     ],
 )
-def test_full_size_models_have_the_published_tensors(golden, manifest, dit, aligned):
-    config = ModelConfig(dit=dit, alignment=AlignmentConfig())
+def test_full_size_models_have_the_published_tensors(golden, manifest, size, aligned):
+    config = ModelConfig(dit=size, alignment=AlignmentConfig())
     shapes = model_shapes(config)
     if not aligned:
         del shapes["projectors"]
-    ours = published_shapes(model_table(dit, config.alignment if aligned else None), shapes)
+    ours = published_shapes(model_table(size, config.alignment if aligned else None), shapes)
     published = json.loads((golden / "manifests" / f"{manifest}.json").read_text())
     assert {name: list(shape) for name, shape in ours.items()} == published
     if manifest == "refalign_14b":

@@ -13,7 +13,8 @@ diffusers = pytest.importorskip("diffusers")
 
 from refalign_jax.convert.checkpoint import load_params
 from refalign_jax.convert.transfer import export_weights, import_weights
-from refalign_jax.models.dit import DiT
+from refalign_jax.models.condition import Condition
+from refalign_jax.models.dit import velocity
 
 
 @pytest.mark.parametrize("size", [(2, 12, 3), (2, 128, 2)], ids=["narrow", "published head width"])
@@ -48,8 +49,9 @@ def test_plain_text_to_video_is_diffusers_model(tmp_path, size):
     with torch.no_grad():
         theirs = model(*map(torch.from_numpy, (latents, t, text)), return_dict=False)[0].numpy()
     exact = dataclasses.replace(config.dit, compute_dtype="float32", remat="none")
-    inputs = (jnp.moveaxis(jnp.asarray(latents), 1, -1), jnp.asarray(t), jnp.asarray(text))
-    ours, _ = DiT(exact).apply({"params": jax.tree.map(jnp.asarray, params["dit"])}, *inputs)
+    ours_params = jax.tree.map(jnp.asarray, params["dit"])
+    x, condition = jnp.moveaxis(jnp.asarray(latents), 1, -1), Condition(jnp.asarray(text))
+    ours = velocity(ours_params, exact, x, jnp.asarray(t), condition)
     assert tiny.relative(np.moveaxis(np.asarray(ours), -1, 1), theirs) <= 1e-5
 
     export_weights(tmp_path / "ours", tmp_path / "back" / "model.safetensors", names="diffusers")

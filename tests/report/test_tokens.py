@@ -7,7 +7,8 @@ from support.reported import SUBJECTS, recipe, write_dataset
 
 from refalign_jax.config import MeshConfig
 from refalign_jax.flow import training_schedule
-from refalign_jax.models.dit import DiT
+from refalign_jax.models.condition import Condition
+from refalign_jax.models.dit import observe, reference_tokens
 from refalign_jax.report import tokens
 from refalign_jax.report.run import read_run
 from refalign_jax.sharding import make_mesh
@@ -70,13 +71,10 @@ def test_features_are_the_transformers(runs, references, trained):
     assert t == pytest.approx(1000 * sigma)
     noise = np.random.default_rng([tokens.SEED, n]).standard_normal(row["video_latents"].shape, np.float32)
     noisy = (1 - sigma) * row["video_latents"] + sigma * noise
-    _, expected = DiT(run.config.model.dit).apply(
-        {"params": params["dit"]},
-        jax.numpy.asarray(noisy),
-        jax.numpy.full(1, t),
-        *(jax.numpy.asarray(row[name]) for name in ("text", "reference_latents", "num_references")),
-        num_feature_blocks=3,
-    )
+    dit = run.config.model.dit
+    condition = Condition(*(jax.numpy.asarray(row[name]) for name in ("text", "reference_latents", "num_references")))
+    observer = reference_tokens(dit, 3, condition.reference_latents.shape)
+    _, expected = observe(params["dit"], dit, jax.numpy.asarray(noisy), jax.numpy.full(1, t), condition, observer)
     np.testing.assert_allclose(found[:, -1], expected[:, 0, r, p], rtol=1e-4, atol=1e-5)
 
 

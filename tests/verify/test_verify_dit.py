@@ -4,12 +4,15 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from refalign_jax import alignment
+from refalign_jax.models.condition import Condition
+from refalign_jax.models.dit import all_tokens, observe
 from refalign_jax.verify import dit as verify_dit
 from refalign_jax.verify.folder import verify
 from refalign_jax.verify.report import Report
@@ -97,8 +100,10 @@ def test_the_first_block_that_diverges_is_named(folder):
     config = json.loads((folder / "config.json").read_text())
     check = verify_dit.DiTCheck(folder, config, "float32", Report("float32"))
     x, references = check._latents("video_latents"), check._latents("reference_latents")[:, :1]
-    inputs = (x, jnp.full((1,), 437.5), jnp.asarray(values["text"]), references)
-    states = np.array(verify_dit._hidden_states(check.params["dit"], *inputs, config=check.config.dit))
+    condition, config = Condition(jnp.asarray(values["text"]), references), check.config.dit
+    params = jax.tree.map(jnp.asarray, check.params["dit"])
+    _, states = observe(params, config, x, jnp.full((1,), 437.5), condition, all_tokens(config))
+    states = np.array(states)
     np.savez(folder / "values.npz", **dict(np.load(folder / "values.npz")), **{f"{name}_blocks": states})
     assert verify(folder).passed
 
