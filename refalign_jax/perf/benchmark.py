@@ -26,6 +26,7 @@ from refalign_jax.config import Config, Mode, Plan
 from refalign_jax.data.loader import make_loader
 from refalign_jax.devices import peak_flops
 from refalign_jax.initial import random_params
+from refalign_jax.models.condition import Condition
 from refalign_jax.perf import hlo
 from refalign_jax.perf.profile import profile
 from refalign_jax.perf.progress import progress
@@ -117,11 +118,13 @@ def _sample_runner(config: Config, mesh: Mesh) -> Runner:
         "reference_latents": (B, data.max_references, *grid[1:], dit.latent_channels),
     }
     draw = jax.jit(jax.random.normal, static_argnums=1, out_shardings=NamedSharding(mesh, BATCH))
-    inputs = {name: draw(jax.random.key(i), size) for i, (name, size) in enumerate(sizes.items())}
+    drawn = {name: draw(jax.random.key(i), size) for i, (name, size) in enumerate(sizes.items())}
+    prompt = Condition(drawn["text"], drawn["reference_latents"] if data.max_references else None)
+    inputs = drawn["noise"], prompt, prompt._replace(text=drawn["negative_text"])
     shapes = state_shapes(config, mesh).params["dit"]
     began = time.perf_counter()
     with jax.set_mesh(mesh):
-        program = sample.lower(shapes, **inputs, dit=dit, config=config.sampling).compile()
+        program = sample.lower(shapes, *inputs, dit=dit, config=config.sampling).compile()
     seconds = time.perf_counter() - began
     fresh = jax.jit(
         lambda key: random_params(config.model, key)["dit"],
@@ -131,7 +134,7 @@ def _sample_runner(config: Config, mesh: Mesh) -> Runner:
     @contextlib.contextmanager
     def session() -> Iterator[Callable[[], Any]]:
         params = fresh(jax.random.key(0))
-        yield lambda: program(params, **inputs)
+        yield lambda: program(params, *inputs)
 
     shape = flops.Shape(grid=grid, references=data.max_references, text_length=data.text_length)
     counted = B * flops.sample_flops(dit, shape, config.sampling.num_steps)
