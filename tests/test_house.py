@@ -318,7 +318,6 @@ EXPECTED: dict[str, dict[str, int]] = {
     "many_parameters": {
         "refalign_jax/models/attention.py": 1,
         "refalign_jax/models/dit.py": 1,
-        "refalign_jax/report/tokens.py": 1,
         "refalign_jax/sampling.py": 2,
         "refalign_jax/trainer/loop.py": 1,
         "refalign_jax/trainer/preview.py": 1,
@@ -356,7 +355,6 @@ EXPECTED: dict[str, dict[str, int]] = {
         "refalign_jax/models/rope.py": 1,
         "refalign_jax/sharding.py": 5,
         "refalign_jax/trainer/log.py": 1,
-        "tests/report/test_tokens.py": 1,
         "tests/test_flops.py": 1,
     },
     "banned_words": {

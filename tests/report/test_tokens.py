@@ -22,7 +22,7 @@ def references(runs):
 
 
 def test_named_tokens_that_show_something(references):
-    """Of six tokens the left two are white; twelve references of eight examples."""
+    """The left two of six tokens are white; eight examples have twelve references."""
     assert references.held_out
     assert references.named
     assert references.names == SUBJECTS
