@@ -1,4 +1,8 @@
-"""Installs `refalign_jax`. Versions are bounded to those it was tested with."""
+"""Installs `refalign_jax`. Versions are bounded to those it was tested with.
+
+The commands (tools/) and the recipes (configs/) are installed inside the package, as `refalign_jax.tools` and
+`refalign_jax.configs`, so that `refalign train tiny` works from any folder.
+"""
 
 from pathlib import Path
 
@@ -12,8 +16,18 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["refalign_jax", "refalign_jax.*", "configs"]),
-    package_data={"refalign_jax.report": ["templates/*"]},
+    keywords=["diffusion", "video generation", "subject-to-video", "jax", "flax"],
+    project_urls={"Paper": "https://arxiv.org/abs/2603.25743"},
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    packages=[*find_packages(include=["refalign_jax", "refalign_jax.*"]), "refalign_jax.tools", "refalign_jax.configs"],
+    package_dir={"refalign_jax.tools": "tools", "refalign_jax.configs": "configs"},
+    entry_points={"console_scripts": ["refalign = refalign_jax.command:main"]},
+    package_data={"refalign_jax.report": ["templates/*"], "refalign_jax": ["py.typed"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12.8,<0.13",
@@ -38,7 +52,13 @@ setup(
         "sentencepiece>=0.2,<0.3",
     ],
     extras_require={
-        "dev": [
+        "tpu": ["jax[tpu]"],  # runs on TPUs
+        "cuda": ["jax[cuda13]"],  # runs on NVIDIA GPUs
+        "ahead": ["libtpu>=0.0.52"],  # compiles for TPUs that are not present: tools/compile.py
+        "parity": ["torch==2.13.0", "diffusers>=0.40,<0.43", "ftfy>=6.2,<7"],  # tests against other frameworks' models
+        "dev": [  # tests, lint, types, wheels
+            "build>=1.2,<2",
+            "setuptools>=77",
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "hypothesis>=6.100,<7",
@@ -49,9 +69,5 @@ setup(
             "nbclient>=0.10,<0.12",
             "ipykernel>=6.29,<8",
         ],
-        "parity": ["torch==2.13.0", "diffusers>=0.40,<0.43", "ftfy>=6.2,<7"],
-        "tpu": ["jax[tpu]"],
-        "ahead": ["libtpu>=0.0.52"],  # compiles for TPUs without one
-        "cuda": ["jax[cuda13]"],
     },
 )

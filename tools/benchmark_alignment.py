@@ -1,6 +1,8 @@
-"""Memory of the alignment loss against the plain formulation over one matrix of all reference tokens.
+"""Measures the memory of the alignment loss beside the plain formulation over one matrix of all reference tokens.
 
-python tools/benchmark_alignment.py
+    python tools/benchmark_alignment.py --references 3 --tokens 1560
+
+Both are compiled, run and compared: temporary memory, loss, and the relative difference of the gradients.
 """
 
 import time
@@ -9,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 from refalign_jax.alignment import alignment_loss, alignment_terms, init_projectors, make_targets, project
 from refalign_jax.command import run
@@ -37,17 +40,17 @@ def plain_loss(
     return total / features.shape[0]
 
 
-def main(
+def benchmark_alignment(
     *, references: int = 3, tokens: int = 1560, width: int = 1536, vfm_width: int = 1024, num_blocks: int = 9
 ) -> None:
     """Compiles value and gradient of both, prints their temporary memory, runs them and compares.
 
     Args:
-      references: R.
-      tokens: P, of one reference.
-      width: D, of the transformer.
-      vfm_width: E.
-      num_blocks: A.
+      references: R, the number of references.
+      tokens: P, the tokens of one reference.
+      width: D, the width of the transformer.
+      vfm_width: E, the width of the VFM's features.
+      num_blocks: A, the number of aligned blocks.
     """
     config = AlignmentConfig(num_blocks=num_blocks, vfm_width=vfm_width)
     projectors = init_projectors(config, width, jax.random.key(0))
@@ -79,6 +82,11 @@ def main(
         float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
     ]
     print(f"memory ratio 1/{plain_bytes / ours_bytes:.1f}; gradients differ by at most {max(errors):.1e} (relative)")
+
+
+def main(arguments: list[str], prog: str) -> None:
+    """Parses and measures."""
+    tyro.cli(benchmark_alignment, args=arguments, prog=prog, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Time and peak memory of converting a full-shape RefAlign checkpoint of random weights both ways, on Linux.
+"""Measures time and peak memory of converting a full-shape checkpoint of random weights both ways, on Linux.
 
-python tools/benchmark_convert.py [--size 1.3b] [--dtype float32] [--fsdp 8]
+    python tools/benchmark_convert.py --size 1.3b --dtype float32 --fsdp 8
+
+Each step runs in a process of its own; at the end the tensors are compared byte by byte.
 """
 
 import hashlib
@@ -10,11 +12,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
+from tyro.conf import arg
 
 from refalign_jax.command import run
 from refalign_jax.config import AlignmentConfig, MeshConfig, ModelConfig, wan_1_3b, wan_14b
@@ -27,28 +31,28 @@ from refalign_jax.initial import model_shapes
 from refalign_jax.sharding import make_mesh, state_sharding
 
 
-def main(
+def benchmark_convert(
     *,
     size: Literal["1.3b", "14b"] = "1.3b",
     dtype: Literal["bfloat16", "float32"] = "float32",
     fsdp: int = 8,
-    folder: Path | None = None,
+    folder: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: a temporary one)")] = None,
 ) -> None:
     """Writes random weights, converts them to a checkpoint, spreads that over devices, converts it back.
 
-    Each in a process of its own, whose memory is told before and at its peak; at the end the bytes are compared.
+    Each step runs in a process of its own, whose memory is printed before and at its peak.
 
     Args:
-      size: which model, with its nine projectors.
-      dtype: of the weights; float32 is what a training run saves.
+      size: the model, with its nine projectors.
+      dtype: dtype of the weights; float32 is what a training run saves.
       fsdp: simulated devices over which the checkpoint that is exported was saved.
-      folder: where the files go, some 23 GB for 1.3b in float32; by default a temporary one.
+      folder: folder of the files, about 23 GB for 1.3b in float32.
     """
     config = ModelConfig(dit=wan_1_3b() if size == "1.3b" else wan_14b(), alignment=AlignmentConfig())
     shapes = published_shapes(model_table(config.dit, config.alignment), model_shapes(config))
     stored = np.dtype(jnp.dtype(dtype))
     rng = np.random.default_rng(0)
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={fsdp}"  # of the processes to come
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={fsdp}"  # for the processes to come
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         first, imported, spread, last = (
             Path(temporary) / name for name in ("a.safetensors", "imported", "spread", "b.safetensors")
@@ -107,6 +111,11 @@ def _memory(field: str) -> float:
 
 def _digest(value: np.ndarray) -> str:
     return hashlib.sha256(value.view(np.uint8).tobytes()).hexdigest()
+
+
+def main(arguments: list[str], prog: str) -> None:
+    """Parses and measures."""
+    tyro.cli(benchmark_convert, args=arguments, prog=prog, description=__doc__)
 
 
 if __name__ == "__main__":

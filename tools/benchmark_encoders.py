@@ -1,9 +1,9 @@
-"""Speed of the three encoders on this CPU beside the torch originals, in one run, float32, same random weights.
+"""Measures the speed of the three encoders on this CPU beside the torch originals, in float32 with the same weights.
 
-make parity && .venv/bin/python tools/benchmark_encoders.py
+    make parity && .venv/bin/python tools/benchmark_encoders.py
 
-Needs the `parity` extra (torch, diffusers). Runs alternate between the two; the best of `repeats` is told, with the
-relative difference of what they computed.
+It needs the extra `parity` (torch, diffusers). Runs alternate between the two; the best of `repeats` is printed, with
+the relative difference of what they computed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 from refalign_jax.command import run
 from refalign_jax.convert.dinov3 import dinov3_layers, dinov3_table
@@ -42,7 +43,7 @@ class StateDict:
         return self.tensors[name].numpy()
 
 
-def main(*, repeats: int = 5) -> None:
+def benchmark_encoders(*, repeats: int = 5) -> None:
     """Measures VAE (encode, decode), UMT5 and DINOv3.
 
     Args:
@@ -155,6 +156,11 @@ def _dinov3(torch: Any, repeats: int) -> None:
         lambda: model(theirs).last_hidden_state.numpy(),
         repeats,
     )
+
+
+def main(arguments: list[str], prog: str) -> None:
+    """Parses and measures."""
+    tyro.cli(benchmark_encoders, args=arguments, prog=prog, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""The full-size VAE with random weights on a real video: memory by the compiler and by the system, time, tiling error.
+"""Measures the full-size VAE with random weights on a real video: memory, time and the error of tiling.
 
-python tools/benchmark_vae.py VIDEO.mp4 [--height 96 --width 224 --frames 0]
+    python tools/benchmark_vae.py VIDEO.mp4 --height 96 --width 224 --frames 0
+
+Memory is what the compiler plans and what the system reports.
 """
 
 import resource
@@ -35,7 +37,7 @@ def temporary_memory(height: int, width: int, frames: int) -> tuple[int, int]:
     return planned[0], planned[1]
 
 
-def main(
+def benchmark_vae(
     video: Annotated[Path, tyro.conf.Positional],
     /,
     *,
@@ -47,10 +49,10 @@ def main(
     """Encodes and decodes a video.
 
     Args:
-      video: any that PyAV reads.
-      height: rows it is resized and cropped to, a multiple of 16.
-      width: columns.
-      frames: how many of its frames, 4k+1; 0, as many as there are.
+      video: a video file that PyAV reads.
+      height: rows to which it is resized and cropped, a multiple of 16.
+      width: columns to which it is resized and cropped, a multiple of 16.
+      frames: number of its frames, 4k+1; 0 for all.
       plan: also compile for 17 and 81 frames of 480x832 and print the temporary memory (minutes, nothing is run).
     """
     if plan:
@@ -80,6 +82,11 @@ def main(
         exact, tiled = function(params, x, CONFIG), function(params, x, CONFIG, tiling)
         error = float(jnp.linalg.norm(tiled - exact) / jnp.linalg.norm(exact))
         print(f"{name} of 5 frames in tiles of 64 with 32 overlapping: relative difference {error:.1e}", flush=True)
+
+
+def main(arguments: list[str], prog: str) -> None:
+    """Parses and measures."""
+    tyro.cli(benchmark_vae, args=arguments, prog=prog, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -1,56 +1,69 @@
-"""Published weights to a checkpoint of ours and back.
+"""Converts published weights to a checkpoint and back.
 
-python tools/convert.py import WEIGHTS CHECKPOINT
-python tools/convert.py export CHECKPOINT WEIGHTS.safetensors [--projectors]
+    python tools/convert.py import WEIGHTS CHECKPOINT
+    python tools/convert.py export CHECKPOINT WEIGHTS.safetensors --projectors
+
+Both ways read and write layer by layer; a missing, unexpected or misshapen tensor is an error, and nothing is written.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
+from tyro.conf import Positional, arg
 
-from refalign_jax.command import run_subcommands
-from refalign_jax.convert import transfer
-from refalign_jax.convert.dit import Names
-
-Positional = tyro.conf.Positional
+from refalign_jax.command import run
 
 
 def import_(
-    weights: Annotated[Path, Positional], checkpoint: Annotated[Path, Positional], /, *, num_heads: int | None = None
+    weights: Positional[Path],
+    checkpoint: Positional[Path],
+    /,
+    *,
+    num_heads: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: width / 128)")] = None,
 ) -> None:
-    """Reads Wan2.1's, RefAlign's or diffusers' safetensors into a checkpoint, dtypes kept.
+    """Reads Wan2.1's, RefAlign's or diffusers' safetensors into a checkpoint; dtypes are kept.
 
     Args:
       weights: a safetensors file, an index of shards, or a folder with either.
       checkpoint: the folder to write.
-      num_heads: attention heads; by default width / 128, as in every published Wan model.
+      num_heads: attention heads; every published Wan model has width / 128.
     """
-    print(transfer.import_weights(weights, checkpoint, num_heads))
+    from refalign_jax.convert.transfer import import_weights
+
+    print(import_weights(weights, checkpoint, num_heads))
 
 
 def export(
-    checkpoint: Annotated[Path, Positional],
-    weights: Annotated[Path, Positional],
+    checkpoint: Positional[Path],
+    weights: Positional[Path],
     /,
     *,
     projectors: bool = False,
-    names: Names = "wan",
+    names: Literal["wan", "diffusers"] = "wan",
     max_shard_gb: float = 10.0,
     ema: bool = False,
 ) -> None:
-    """Writes a checkpoint's transformer as safetensors under the published names, dtypes kept.
+    """Writes a checkpoint's transformer as safetensors under the published names; dtypes are kept.
 
     Args:
       checkpoint: a checkpoint of parameters or of a training run, or a run's folder, of which the newest is taken.
       weights: the file to write, ending in .safetensors; beyond `max_shard_gb` it becomes shards and an index.
       projectors: include the projectors, which training continues with and inference does not need.
       names: wan, as RefAlign and Wan2.1 publish, or diffusers.
-      max_shard_gb: the most one file holds, in 10^9 bytes.
+      max_shard_gb: largest size of one file, in 10^9 bytes.
       ema: the moving average in place of the parameters.
     """
-    print(transfer.export_weights(checkpoint, weights, projectors, names, int(max_shard_gb * 1e9), ema))
+    from refalign_jax.convert.transfer import export_weights
+
+    print(export_weights(checkpoint, weights, projectors, names, int(max_shard_gb * 1e9), ema))
+
+
+def main(arguments: list[str], prog: str) -> None:
+    """Parses and converts."""
+    commands: dict[str, Any] = {"import": import_, "export": export}
+    tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog=prog, description=__doc__)
 
 
 if __name__ == "__main__":
-    run_subcommands({"import": import_, "export": export})
+    run(main)

@@ -1,44 +1,52 @@
-"""RefAlign as a whole in one command, small: photographs to clips, a model trained on them, samples, scores, report.
+"""Runs all of RefAlign at a small size: photographs become clips, a model learns them, is sampled, scored and reported.
 
-python tools/demo.py                  one run; `make demo`
-python tools/demo.py --compare        with and without alignment, three seeds; `make demo-compare`
+    python tools/demo.py                  one run, as `make demo` does
+    python tools/demo.py --compare        with and without alignment, three seeds, as `make demo-compare` does
+
+Stopped at any moment and started again, it continues.
 """
 
 import logging
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import tyro
+from tyro.conf import Positional, arg
 
 from refalign_jax.command import run
 from refalign_jax.config import DemoConfig, read_recipe
-from refalign_jax.demo.stages import compare, demo
-
-RECIPE = Path(__file__).parents[1] / "configs" / "demo.py"
 
 
-def main(
+def demo(
+    recipe: Positional[str] = "demo",
+    /,
     *,
-    compare_alignment: Annotated[bool, tyro.conf.arg(name="compare")] = False,
-    recipe: Path = RECIPE,
-    config: Annotated[DemoConfig, tyro.conf.arg(name="")] = DemoConfig(),  # noqa: B008 (frozen)
+    compare: bool = False,
+    config: Annotated[DemoConfig, arg(name="")] = DemoConfig(),  # noqa: B008 (frozen)
 ) -> int:
-    """Runs the demo; stopped at any moment and started again, it goes on.
+    """Runs the demo.
 
     Args:
-      compare_alignment: train each seed without alignment too, and report both side by side.
-      recipe: of the model and its training.
-      config: of what size.
+      recipe: the model and its training, a file or the bare name of one under configs/.
+      compare: train each seed without alignment too, and report both side by side.
+      config: the size.
     """
+    read = read_recipe(recipe)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    from refalign_jax.demo import stages
+
     try:
-        report = (compare if compare_alignment else demo)(config, read_recipe(recipe))
+        report = (stages.compare if compare else stages.demo)(config, read)
     except (InterruptedError, KeyboardInterrupt) as stopped:
-        print(str(stopped) or "Stopped; start again to go on.", file=sys.stderr)
+        print(str(stopped) or "Stopped; start again to continue.", file=sys.stderr)
         return 130
     print(f"The report is {report.resolve()}")
     return 0
+
+
+def main(arguments: list[str], prog: str) -> int:
+    """Parses and runs the demo."""
+    return tyro.cli(demo, args=arguments, prog=prog, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,34 @@
-"""Says what a prepared dataset holds, checks it, and draws a contact sheet of its latents.
+"""Prints what a prepared dataset holds, checks it, and draws a contact sheet of its latents.
 
-python tools/overview.py DATASET [--verify] [--out contact_sheet.png]
+    python tools/overview.py DATASET --verify --out contact_sheet.png
+
+The contact sheet shows the latents' first three principal components as colours, since no decoder is needed for them.
 """
 
-from refalign_jax.command import run
-from refalign_jax.data.overview import inspect_dataset
+import tyro
+from tyro.conf import Positional
+
+from refalign_jax.command import OutputFile, run
+
+
+def overview(dataset: Positional[str], /, *, verify: bool = False, out: OutputFile = None, rows: int = 6) -> None:
+    """Prints what a prepared dataset holds.
+
+    Args:
+      dataset: its folder, local or gs://.
+      verify: read every shard and compare it with the manifest's SHA-256.
+      out: PNG file for a contact sheet.
+      rows: examples on the contact sheet.
+    """
+    from refalign_jax.data.overview import inspect_dataset
+
+    inspect_dataset(dataset, verify=verify, out=out, rows=rows)
+
+
+def main(arguments: list[str], prog: str) -> None:
+    """Parses and prints."""
+    tyro.cli(overview, args=arguments, prog=prog, description=__doc__)
+
 
 if __name__ == "__main__":
-    run(inspect_dataset)
+    run(main)

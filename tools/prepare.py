@@ -1,39 +1,57 @@
-"""Videos, prompts and references to a prepared dataset.
+"""Prepares a dataset from videos, prompts and reference images, by the frozen encoders.
 
-python tools/prepare.py jsonl RECORDS.jsonl DATASET --vae dct --text-encoder words --vfm daisy
-python tools/prepare.py jsonl RECORDS.jsonl DATASET --vae DIR --text-encoder DIR --vfm DIR
+    python tools/prepare.py RECORDS.jsonl DATASET --vae dct --text-encoder words --vfm daisy
+    python tools/prepare.py RECORDS.jsonl DATASET --vae DIR --text-encoder DIR --vfm DIR
+    python tools/prepare.py jsonl RECORDS DATASET …
+
+The kind of the records, one of the subcommands, need not be named where the file's ending shows it. Encoders must be
+named; dct, words and daisy are stand-ins without weights, for trying things out.
 """
 
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from tyro.conf import Positional, arg
 
-from refalign_jax.command import run_subcommands
+from refalign_jax.command import run
 from refalign_jax.config import PrepareConfig
-from refalign_jax.data.prepare import prepare
-from refalign_jax.data.sources.jsonl import read_jsonl
 
-Positional = tyro.conf.Positional
-Flat = tyro.conf.arg(name="")
+Flat = arg(name="")
 
 
 def jsonl(
-    records: Annotated[Path, Positional],
-    dataset: Annotated[str, Positional],
+    records: Positional[Path],
+    dataset: Positional[str],
     /,
     *,
     config: Annotated[PrepareConfig, Flat],
 ) -> None:
-    """Prepares a JSONL file of one's own; started again, it goes on where it stopped.
+    """Prepares a JSONL file of your own; started again, it continues where it stopped.
 
     Args:
       records: lines {"video", "prompt", "references": [{"image", "subject"?, "mask"?}]}, paths relative to the file.
       dataset: the folder to write, local or gs://.
       config: how.
     """
+    from refalign_jax.data.prepare import prepare
+    from refalign_jax.data.sources.jsonl import read_jsonl
+
     print(prepare(read_jsonl(records), dataset, config, {"name": "jsonl", "records": str(records)}))
 
 
+KINDS = {"jsonl": jsonl}
+ENDINGS = {".jsonl": "jsonl"}
+"""Endings of files that show the kind of the records."""
+
+
+def main(arguments: list[str], prog: str) -> None:
+    """Finds the kind of the records, parses and prepares."""
+    kind = ENDINGS.get(Path(arguments[0]).suffix) if arguments else None
+    if kind is not None:
+        arguments = [kind, *arguments]
+    tyro.extras.subcommand_cli_from_dict(dict(KINDS), args=arguments, prog=prog, description=__doc__)
+
+
 if __name__ == "__main__":
-    run_subcommands({"jsonl": jsonl})
+    run(main)

@@ -1,10 +1,45 @@
 """Writes a run's report: losses, samples, evaluation and what its reference tokens show, as one HTML file.
 
-python tools/report.py RUN [--out report.html] [--compare ALIGNED BASELINE [ALIGNED BASELINE ...]]
+    python tools/report.py RUN --out report.html
+    python tools/report.py RUN --compare ALIGNED BASELINE ALIGNED BASELINE
+
+With --compare the page also shows, pair by pair, what alignment changed.
 """
 
-if __name__ == "__main__":
-    from refalign_jax.command import run
-    from refalign_jax.report.page import report
+from pathlib import Path
+from typing import Annotated
 
-    run(report)
+import tyro
+from tyro.conf import Positional, arg
+
+from refalign_jax.command import run
+
+
+def report(
+    folder: Annotated[Positional[Path], arg(metavar="RUN")],
+    /,
+    *,
+    out: Annotated[str, arg(metavar="FILE", help_behavior_hint="(default: report.html in RUN)")] = "",
+    compare: tuple[tuple[Path, Path], ...] = (),
+) -> None:
+    """Writes what a run was, learned and sampled as one HTML page.
+
+    Args:
+      folder: the run's folder, the train.folder of tools/train.py.
+      out: the HTML file.
+      compare: pairs of runs with the same seed, each with alignment, then without (model.alignment.weight 0).
+    """
+    if not folder.is_dir():
+        raise ValueError(f"The run {folder} does not exist.")
+    from refalign_jax.report import page
+
+    page.report(folder, out=out, compare=compare)
+
+
+def main(arguments: list[str], prog: str) -> None:
+    """Parses and writes the report."""
+    tyro.cli(report, args=arguments, prog=prog, description=__doc__)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,32 +1,30 @@
-"""Prompts and reference images to videos.
+"""Draws videos from prompts and reference images.
 
-python tools/sample.py runs/a prompts.jsonl out/ [--dataset data/mine | --vae … --text-encoder …] [--num-steps 50]
-python tools/sample.py refalign.safetensors prompts.jsonl out/ --vae Wan2.1_VAE.pth --text-encoder umt5/
+    python tools/sample.py runs/a prompts.jsonl out/ --num-steps 50
+    python tools/sample.py refalign.safetensors prompts.jsonl out/ --vae Wan2.1_VAE.pth --text-encoder umt5/
+
+Started again, it continues where it stopped.
 """
 
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from tyro.conf import Positional, arg
 
 from refalign_jax.command import run
 from refalign_jax.config import GenerateConfig
-from refalign_jax.inference.generate import generate, open_generator
-from refalign_jax.inference.outputs import SAMPLES
-from refalign_jax.inference.requests import read_requests
-
-Positional = tyro.conf.Positional
 
 
 def sample(
-    weights: Annotated[str, Positional],
-    prompts: Annotated[Path, Positional],
-    out: Annotated[Path, Positional],
+    weights: Positional[str],
+    prompts: Positional[Path],
+    out: Positional[Path],
     /,
     *,
-    config: Annotated[GenerateConfig, tyro.conf.arg(name="")] = GenerateConfig(),  # noqa: B008 (frozen)
+    config: Annotated[GenerateConfig, arg(name="")] = GenerateConfig(),  # noqa: B008 (frozen)
 ) -> None:
-    """Samples a video for each line of a JSONL file; started again, it goes on where it stopped.
+    """Draws a video for each line of a JSONL file.
 
     Args:
       weights: a run's folder or one of its checkpoints, a checkpoint of parameters, or published safetensors.
@@ -34,10 +32,19 @@ def sample(
       out: folder for <id>.mp4, the references as the model saw them, and samples.json.
       config: how.
     """
+    from refalign_jax.inference.generate import generate, open_generator
+    from refalign_jax.inference.outputs import SAMPLES
+    from refalign_jax.inference.requests import read_requests
+
     requests = read_requests(prompts)
     generate(requests, out, open_generator(weights, config))
-    print(f"{len(requests)} videos are in {out}; {out / SAMPLES} tells of them.")
+    print(f"{len(requests)} videos are in {out}, described by {out / SAMPLES}.")
+
+
+def main(arguments: list[str], prog: str) -> None:
+    """Parses and samples."""
+    tyro.cli(sample, args=arguments, prog=prog, description=__doc__)
 
 
 if __name__ == "__main__":
-    run(sample)
+    run(main)

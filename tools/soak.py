@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import tyro
 
 from refalign_jax.command import run
 from refalign_jax.convert.checkpoint import ARRAYS, find_checkpoint, read_arrays, read_json
@@ -175,8 +176,13 @@ def soak(recipe: Path, folder: Path, kills: int, steps: int, workers: int, rng: 
     return runs, faults
 
 
-def main(
-    kills: int = 50, steps: int = 40, recipe: Path = TOOLS.parent / "configs/tiny.py", seed: int = 0, folder: str = ""
+def soak_all(
+    *,
+    kills: int = 50,
+    steps: int = 40,
+    recipe: Path = TOOLS.parent / "configs/tiny.py",
+    seed: int = 0,
+    folder: str = "",
 ) -> int:
     """Kills runs with 0 and with 2 loader workers; exits 1 if anything was lost or left over.
 
@@ -199,6 +205,11 @@ def main(
     if not failed:
         shutil.rmtree(place)
     return 1 if failed else 0
+
+
+def main(arguments: list[str], prog: str) -> int:
+    """Parses and soaks."""
+    return tyro.cli(soak_all, args=arguments, prog=prog, description=__doc__)
 
 
 if __name__ == "__main__":

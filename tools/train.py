@@ -1,42 +1,43 @@
-"""Trains by a recipe: `python tools/train.py configs/refalign_1_3b_stage1.py --train.folder runs/a [...]`.
+"""Trains a recipe.
 
-`--help` shows every field with its type and the recipe's value. A run that finds checkpoints in its folder goes on.
+    python tools/train.py configs/refalign_1_3b_stage1.py --data.path DATASET --train.folder runs/a
+    python tools/train.py tiny --train.folder runs/tiny
+    python tools/train.py RECIPE --from-dataset --data.path DATASET --train.folder runs/b
+
+RECIPE is a Python file with get_config(), which is executed, or the bare name of one under configs/. Options override
+its fields; after a recipe, --help shows every field with the recipe's value. A run that finds checkpoints in its
+folder continues from the newest.
 """
 
+import dataclasses
 import logging
-import sys
-from pathlib import Path
+from typing import Annotated
 
-import tyro
+from tyro.conf import arg
 
-from refalign_jax.command import _exit
-from refalign_jax.config import Config, read_recipe
-
-
-def parse(arguments: list[str]) -> Config:
-    """The recipe named first, with the fields that the other arguments override.
-
-    Raises:
-      ValueError: no such recipe, or a value that a field can't have.
-    """
-    recipe, rest = (arguments[0], arguments[1:]) if arguments and not arguments[0].startswith("-") else ("", arguments)
-    if not recipe and not {"-h", "--help"} & set(rest):
-        raise ValueError("Name a recipe first, as in: tools/train.py configs/tiny.py --train.folder runs/tiny.")
-    default = read_recipe(Path(recipe)) if recipe else Config()
-    return tyro.cli(
-        Config, default=default, args=rest, description=__doc__, prog=f"tools/train.py {recipe or 'RECIPE'}"
-    )
+from refalign_jax.command import parse_recipe, run
+from refalign_jax.config import Config
 
 
-def main(arguments: list[str]) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """The command line."""
+
+    from_dataset: bool = False
+    """Take latent channels, widths, text length and number of references from the dataset data.path, and print them."""
+    config: Annotated[Config, arg(name="")] = dataclasses.field(default_factory=Config)
+    """The recipe."""
+
+
+def main(arguments: list[str], prog: str) -> None:
     """Parses, then trains."""
-    config = parse(arguments)
+    given = parse_recipe(Arguments, arguments, prog, __doc__)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    from refalign_jax.trainer.loop import train
+    from refalign_jax.trainer import loop, preflight
 
-    train(config)
-    return 0
+    config = preflight.fit_to_dataset(given.config) if given.from_dataset else given.config
+    loop.train(config)
 
 
 if __name__ == "__main__":
-    _exit(lambda: main(sys.argv[1:]))
+    run(main)

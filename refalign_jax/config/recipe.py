@@ -28,8 +28,7 @@ def find_recipe(name: str | Path) -> Path:
       ValueError: no such file, or not a Python file.
     """
     path = Path(name)
-    shipped = RECIPES / f"{name}.py"
-    if not path.exists() and shipped.is_file():
+    if path.suffix != ".py" and (shipped := RECIPES / f"{name}.py").is_file():
         return shipped
     if not path.exists():
         known = ", ".join(sorted(path.stem for path in RECIPES.glob("[!_]*.py")))

@@ -16,7 +16,7 @@ from refalign_jax.config import Config
 from refalign_jax.data.loader import Source
 from refalign_jax.objective import Batch, objective
 from refalign_jax.sharding import to_devices
-from refalign_jax.trainer.preflight import _open_loader
+from refalign_jax.trainer.preflight import open_loader
 from refalign_jax.trainer.step import as_batch, mean_terms
 from refalign_jax.types import Array, Int, Params
 
@@ -41,7 +41,7 @@ def held_out_terms(params: Params, batch: Batch, place: Int[Array, " B"], config
 def held_out_batches(config: Config, source: Source, mesh: Mesh) -> Iterator[tuple[Batch, Int[Array, " B"]]]:
     """One pass over the held-out examples, read by this process, and the place of each among them."""
     data = dataclasses.replace(config.data, num_workers=0)
-    loader = _open_loader(data, source, "held_out")
+    loader = open_loader(data, source, "held_out")
     with contextlib.closing(loader):
         for _ in range(data.held_out // data.batch_size):
             rows = next(loader)

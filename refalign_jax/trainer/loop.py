@@ -35,7 +35,7 @@ from refalign_jax.trainer.distributed import Watch
 from refalign_jax.trainer.held_out import held_out_batches, held_out_losses
 from refalign_jax.trainer.log import Log, Meter, Profiler, write_config
 from refalign_jax.trainer.optimizer import split
-from refalign_jax.trainer.preflight import _open_loader, example_shape
+from refalign_jax.trainer.preflight import example_shape, open_loader
 from refalign_jax.trainer.preview import write_preview
 from refalign_jax.trainer.state import TrainState, begin, save
 from refalign_jax.trainer.step import as_batch, compile_step
@@ -66,7 +66,7 @@ def _train(config: Config, watch: Watch) -> None:
     source = preflight.open_source(config)
     codec = preflight.preview_codec(config, source)
     empty_text = jax.device_put(preflight.empty_text(config, source), replicated(mesh))
-    loader = _open_loader(config.data, source, "train")
+    loader = open_loader(config.data, source, "train")
     folder = preflight.check_folder(config.train.folder, "train.folder")
     made = about()
     with (

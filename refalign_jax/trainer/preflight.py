@@ -1,10 +1,12 @@
-"""What can be refused before anything is compiled: settings that fit neither each other nor what is there.
+"""What is refused before anything is compiled: settings that do not fit each other, the data, or the machine.
 
 Each check raises `ValueError` or `OSError` with one sentence that names the value, the field and what would be right.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -18,11 +20,13 @@ from refalign_jax import flops
 from refalign_jax.config import Config, DataConfig, flat_fields
 from refalign_jax.data.examples import Spec
 from refalign_jax.data.loader import BatchIterator, Source, make_loader
-from refalign_jax.data.shards import ShardSource
+from refalign_jax.data.shards import ShardSource, read_manifest
 from refalign_jax.data.synthetic import SyntheticSource
 from refalign_jax.encoders.interface import VideoCodec
 from refalign_jax.encoders.open import reopen_video_codec
 from refalign_jax.types import Float
+
+logger = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = tuple(
     f"model.dit.{name}"
@@ -35,85 +39,153 @@ FIXED = ("optimizer.freeze", "optimizer.beta1", "optimizer.beta2", "train.seed")
 
 
 def open_source(config: Config) -> Source:
-    """Opens the dataset, or makes synthetic examples, and checks that the model fits them.
+    """Opens the dataset, or makes synthetic examples, and checks that the recipe fits them.
 
     Raises:
-      ValueError: no dataset, or one of other widths or of a grid that the model can't take.
+      ValueError: no dataset, or one that the recipe does not fit: everything that does not fit is listed.
     """
-    synthetic, dit = config.synthetic, config.model.dit
+    synthetic = config.synthetic
     if synthetic.num_examples:
         if config.data.path:
             raise ValueError(
                 f"data.path={config.data.path!r} and synthetic.num_examples={synthetic.num_examples} exclude each "
                 "other; set one of them to nothing."
             )
-        spec = Spec(
-            num_examples=synthetic.num_examples,
-            video_latents=(*synthetic.latent_grid, dit.latent_channels),
-            text_width=dit.text_width,
-            vfm_width=config.model.alignment.vfm_width,
-            longest_text=config.data.text_length,
-            most_references=config.data.max_references,
-        )
-        check_data(config, spec, "synthetic")
-        return SyntheticSource(spec)
+        made = SyntheticSource(synthetic_spec(config))
+        check_data(config, made, "synthetic")
+        return made
     if not config.data.path:
         raise ValueError("data.path is empty; name the folder of a prepared dataset, or set synthetic.num_examples.")
     source = ShardSource(config.data.path)
-    check_data(config, source.spec, config.data.path)
+    check_data(config, source, config.data.path)
     return source
 
 
-def check_data(config: Config, spec: Spec, name: str) -> None:
-    """Compares the model's sizes with the examples'.
+def synthetic_spec(config: Config) -> Spec:
+    """The synthetic examples that fit a recipe's model."""
+    dit = config.model.dit
+    return Spec(
+        num_examples=config.synthetic.num_examples,
+        video_latents=(*config.synthetic.latent_grid, dit.latent_channels),
+        text_width=dit.text_width,
+        vfm_width=config.model.alignment.vfm_width,
+        longest_text=config.data.text_length,
+        most_references=config.data.max_references,
+    )
+
+
+def check_data(config: Config, source: Source, name: str) -> None:
+    """Compares the recipe's sizes with the examples'.
 
     Raises:
-      ValueError: channels, text width, VFM width, grid or number of frames that don't fit.
+      ValueError: one sentence that lists everything that does not fit.
     """
-    dit, alignment = config.model.dit, config.model.alignment
-    frames, rows, columns, channels = spec.video_latents
+    found = [*_sizes_apart(config, source.spec), *_grid_apart(config, source.spec)]
+    rows = _empty_rows(source)
+    if rows is not None and (rows.ndim != 2 or rows.shape[1] != config.model.dit.text_width):
+        found.append(
+            f"the manifest has an empty_text of shape {list(rows.shape)}, but model.dit.text_width is "
+            f"{config.model.dit.text_width}"
+        )
+    if rows is not None and len(rows) > config.data.text_length:
+        found.append(f"data.text_length is {config.data.text_length}, but the manifest's empty_text has {len(rows)}")
+    if config.data.held_out >= len(source):
+        found.append(
+            f"data.held_out is {config.data.held_out} of {len(source)} examples, which leaves none to train on"
+        )
+    if found:
+        raise ValueError(f"The recipe does not fit the examples of {name}: {'; '.join(found)}.")
+
+
+def _sizes_apart(config: Config, spec: Spec) -> list[str]:
+    """Widths, channels and lengths that differ, each as a clause; all of them can be taken from the dataset."""
     pairs = [
-        ("latent channels", channels, "model.dit.latent_channels", dit.latent_channels),
-        ("text width", spec.text_width, "model.dit.text_width", dit.text_width),
+        ("latent channels", spec.video_latents[-1], "model.dit.latent_channels", config.model.dit.latent_channels),
+        ("text width", spec.text_width, "model.dit.text_width", config.model.dit.text_width),
     ]
-    if alignment.weight > 0:
-        pairs.append(("VFM width", spec.vfm_width, "model.alignment.vfm_width", alignment.vfm_width))
-    for what, found, field, expected in pairs:
-        if found != expected:
-            raise ValueError(f"The examples of {name} have {what} {found}, but {field} is {expected}.")
-    _, token_rows, token_columns = dit.token_grid(frames, rows, columns)
-    if alignment.weight > 0 and token_rows * token_columns != spec.vfm_tokens:
-        raise ValueError(
-            f"The examples of {name} have {spec.vfm_tokens} VFM tokens a reference, but model.dit.patch_size="
-            f"{dit.patch_size} makes {token_rows * token_columns} tokens of it; both grids must agree."
+    if config.model.alignment.weight > 0:
+        pairs.append(("VFM width", spec.vfm_width, "model.alignment.vfm_width", config.model.alignment.vfm_width))
+    found = [f"they have {what} {have}, but {field} is {want}" for what, have, field, want in pairs if have != want]
+    if spec.longest_text > config.data.text_length:
+        found.append(
+            f"data.text_length is {config.data.text_length}, but the longest prompt has {spec.longest_text} tokens"
         )
+    if found:
+        found[-1] += " (--from-dataset takes these sizes from the dataset)"
+    return found
+
+
+def _grid_apart(config: Config, spec: Spec) -> list[str]:
+    """Why the latents' grid does not suit the model, each reason as a clause."""
+    dit, (frames, rows, columns, _) = config.model.dit, spec.video_latents
+    found = []
+    try:
+        _, token_rows, token_columns = dit.token_grid(frames, rows, columns)
+    except ValueError as error:
+        found.append(str(error).rstrip("."))
+    else:
+        if config.model.alignment.weight > 0 and token_rows * token_columns != spec.vfm_tokens:
+            found.append(
+                f"they have {spec.vfm_tokens} VFM tokens per reference, but model.dit.patch_size={dit.patch_size} "
+                f"makes {token_rows * token_columns} tokens of it, and both grids must agree"
+            )
     if frames + config.data.max_references > dit.max_position:
-        raise ValueError(
-            f"The examples of {name} have {frames} latent frames, which with data.max_references="
-            f"{config.data.max_references} reach beyond model.dit.max_position={dit.max_position}."
+        found.append(
+            f"they have {frames} latent frames, which with data.max_references={config.data.max_references} reach "
+            f"beyond model.dit.max_position={dit.max_position}"
         )
+    return found
+
+
+def fit_to_dataset(config: Config) -> Config:
+    """Takes sizes from the dataset `data.path`, and logs each that changes.
+
+    These are latent channels, the widths of text and VFM features, and the number of references. The text length is
+    raised to the longest prompt's, never lowered: the model attends to padding, so that a shorter text is another
+    computation. Synthetic examples are turned off.
+
+    Raises:
+      ValueError: there is no such dataset.
+    """
+    if not config.data.path:
+        raise ValueError("--from-dataset needs data.path, the folder of a prepared dataset.")
+    spec, model, data = read_manifest(config.data.path).spec, config.model, config.data
+    fitted = dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            model,
+            dit=dataclasses.replace(model.dit, latent_channels=spec.video_latents[-1], text_width=spec.text_width),
+            alignment=dataclasses.replace(model.alignment, vfm_width=spec.vfm_width),
+        ),
+        data=dataclasses.replace(
+            data, text_length=max(data.text_length, spec.longest_text), max_references=spec.most_references
+        ),
+        synthetic=dataclasses.replace(config.synthetic, num_examples=0),
+    )
+    before, after = (flat_fields(dataclasses.asdict(x)) for x in (config, fitted))
+    for name in before:
+        if before[name] != after[name]:
+            logger.info("%s is %s, as in %s; the recipe says %s.", name, after[name], data.path, before[name])
+    return fitted
 
 
 def empty_text(config: Config, source: Source) -> Float[np.ndarray, "S text_width"]:
     """The embedding of the empty prompt, padding rows zero.
 
-    The dataset's manifest has it under made["empty_text"], a list of [tokens, text_width]; where it has none, all rows
-    are zero.
-
-    Raises:
-      ValueError: it is of another width or longer than `data.text_length`.
+    The dataset's manifest has it under made["empty_text"], a list of [tokens, text_width], which `check_data` has
+    checked; where it has none, all rows are zero.
     """
     text = np.zeros((config.data.text_length, config.model.dit.text_width), np.float32)
-    found = source.manifest.made.get("empty_text") if isinstance(source, ShardSource) else None
-    if found is not None:
-        rows = np.asarray(found, np.float32)
-        if rows.ndim != 2 or len(rows) > len(text) or rows.shape[1] != text.shape[1]:
-            raise ValueError(
-                f"The manifest of {config.data.path} has an empty_text of shape {list(rows.shape)}; the model needs "
-                f"[at most {len(text)}, {text.shape[1]}]."
-            )
+    rows = _empty_rows(source)
+    if rows is not None:
         text[: len(rows)] = rows
     return text
+
+
+def _empty_rows(source: Source) -> np.ndarray | None:
+    """The manifest's embedding of the empty prompt, [tokens, text_width]; None where it has none."""
+    found = source.manifest.made.get("empty_text") if isinstance(source, ShardSource) else None
+    return None if found is None else np.asarray(found, np.float32)
 
 
 def preview_codec(config: Config, source: Source) -> VideoCodec | None:
@@ -205,6 +277,6 @@ def example_shape(config: Config, source: Source) -> flops.Shape:
     )
 
 
-def _open_loader(data: DataConfig, source: Source, part: Literal["train", "held_out"]) -> BatchIterator:
+def open_loader(data: DataConfig, source: Source, part: Literal["train", "held_out"]) -> BatchIterator:
     """This process's share of the batches."""
     return make_loader(data, source, split=part, process_index=jax.process_index(), process_count=jax.process_count())

@@ -22,7 +22,7 @@ from refalign_jax.perf.tables import parameter_table, summary, table
 from refalign_jax.sharding import make_mesh
 from refalign_jax.trees import count
 
-COMMAND = [sys.executable, str(ROOT / "tools/compile.py"), "--config", str(TESTS / "support/ahead_recipe.py")]
+COMMAND = [sys.executable, str(ROOT / "tools/compile.py"), str(TESTS / "support/ahead_recipe.py")]
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 

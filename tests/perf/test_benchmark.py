@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import pytest
@@ -10,10 +9,10 @@ from support.places import ROOT
 from support.runs import recipe
 
 from refalign_jax import flops
-from refalign_jax.config import Config, DataConfig, Plan
+from refalign_jax.command import load, override
+from refalign_jax.config import Config, DataConfig, Plan, read_recipe, without_data
 from refalign_jax.perf import benchmark, gpu_check
 from refalign_jax.perf.profile import by_scope, phase_of, scope_of
-from tools import benchmark as command
 
 TINY = str(ROOT / "configs/tiny.py")
 FEW = Plan(warmup=1, steps=2, repeats=2, profile=1)
@@ -136,16 +135,17 @@ def test_the_command_takes_a_second_setting_and_needs_no_data(tmp_path, monkeypa
     monkeypatch.setattr(benchmark, "measure", measure)
     path = tmp_path / "made" / "x.json"
     versus = ["--versus", "model.dit.remat=attention", "model.dit.offload=true", "synthetic.latent_grid=1,8,8"]
-    assert command.main([TINY, *versus, "--model.dit.remat", "full", "--json", str(path)]) == 0
+    main = load("benchmark")
+    assert main([TINY, *versus, "--model.dit.remat", "full", "--json", str(path)], "benchmark") == 0
     a, b = seen["a"], seen["b"]
     assert (a.model.dit.remat, a.model.dit.offload, a.synthetic.latent_grid) == ("full", False, (2, 4, 6))
     assert (b.model.dit.remat, b.model.dit.offload, b.synthetic.latent_grid) == ("attention", True, (1, 8, 8))
-    assert not command._changed(b, ["model.dit.offload=false"]).model.dit.offload
+    assert not override(b, ["model.dit.offload=false"]).model.dit.offload
     assert json.loads(path.read_text())["about"].keys() >= {"versions", "flags", "commit", "devices"}
     assert "b train: 1 s" in capsys.readouterr().out
     recipe_1_3b = TINY.replace("tiny", "refalign_1_3b_stage1")
-    assert command._without_data(command.read_recipe(Path(recipe_1_3b))).data == DataConfig(batch_size=8)
+    assert without_data(read_recipe(recipe_1_3b)).data == DataConfig(batch_size=8)
     with pytest.raises(ValueError, match="Name a recipe first"):
-        command.main([])
+        main([], "benchmark")
     with pytest.raises(ValueError, match=r"Plan\.steps=0 must be at least 1"):
         Plan(steps=0)

@@ -1,10 +1,11 @@
-"""Faulty set-ups of tools/train.py: one sentence, exit code 2, no traceback, nothing half-written.
+"""Faulty set-ups of `refalign train`: one sentence, exit code 2, no traceback, nothing half-written.
 
-Most run in this process, with a trap where compilation would begin; a few, whose fault needs a process, in their own.
+Most run in this process, and must end before anything is compiled; a few, whose fault needs a process, in their own.
 """
 
+import dataclasses
 import json
-import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import jax
 import numpy as np
 import pytest
 from support import tiny
+from support.places import ROOT, environment
 from support.runs import MODEL, recipe
 
-from refalign_jax.command import _exit
+from refalign_jax import command
 from refalign_jax.config import Storage
 from refalign_jax.convert.checkpoint import save_params
 from refalign_jax.convert.dit import model_table
@@ -25,14 +27,11 @@ from refalign_jax.convert.table import published_shapes, to_published
 from refalign_jax.data.examples import Example
 from refalign_jax.data.shard_writer import ShardWriter
 from refalign_jax.sharding import make_mesh
-from refalign_jax.trainer import loop as training
 from refalign_jax.trainer import preflight
 from refalign_jax.trainer.checkpoint import Checkpoints
 from refalign_jax.trainer.state import begin, save
-from tools.train import main
 
-ROOT = Path(__file__).parents[2]
-TINY = str(ROOT / "configs/tiny.py")
+TINY = "tiny"
 
 
 def write_data(folder: Path, count: int = 17, made: dict | None = None, finish: bool = True) -> None:
@@ -83,32 +82,27 @@ def place(good, tmp_path):
     return tmp_path
 
 
-class CompilingError(AssertionError):
-    """It got as far as to compile."""
-
-
 def refuse(arguments: list, capsys, monkeypatch) -> str:
-    """Runs the command up to compilation; returns the sentence it was refused with."""
-
-    def compiling(*_):
-        raise CompilingError
-
-    monkeypatch.setattr(training, "compile_step", compiling)
-    return fail(arguments, capsys)
+    """Runs the command, which must end before anything is compiled; returns the sentence it was refused with."""
+    sentence, printed = fail(arguments, capsys, monkeypatch)
+    assert "Compiled in" not in printed
+    return sentence
 
 
-def fail(arguments: list, capsys) -> str:
+def fail(arguments: list, capsys, monkeypatch) -> tuple[str, str]:
+    """Runs the command, which must fail; returns its sentence, and everything that it printed to stderr."""
+    monkeypatch.setattr(sys, "argv", ["refalign", "train", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
-        _exit(lambda: main([str(x) for x in arguments]))
+        command.main()
     assert end.value.code == 2
     printed = capsys.readouterr().err
     assert "Traceback" not in printed
     if "Value error" in printed:  # of a field, in tyro's frame
-        return " ".join(line.strip("│ ") for line in printed.splitlines())
+        return " ".join(line.strip("│ ") for line in printed.splitlines()), printed
     sentence = printed.rstrip("\n").splitlines()[-1]
     assert sentence.startswith("error: ")
     assert sentence.endswith(".")
-    return sentence
+    return sentence, printed
 
 
 def files(folder: Path) -> list[Path]:
@@ -122,7 +116,7 @@ FAULTS: dict[str, tuple[list[str], str]] = {
     "no dataset there": (["--synthetic.num-examples", "0", "--data.path", "{p}/none"], r"none/manifest\.json can't be"),
     "a file as dataset": (["--synthetic.num-examples", "0", "--data.path", "{p}/w.safetensors"], "can't be read"),
     "held-out takes all": (["--data.held-out", "40"], r"data\.held_out is 40 of 40 examples"),
-    "held-out batch": (["--data.held-out", "9"], r"data\.held_out is 9; it must be a multiple"),
+    "held-out batch": (["--data.held-out", "9"], r"DataConfig\.held_out=9 must be a multiple of batch_size=8"),
     "batch and devices": (
         ["--data.batch-size", "4", "--data.held-out", "4"],
         r"data\.batch_size=4 is not .*mesh\.fsdp, 8, ",
@@ -149,7 +143,7 @@ FAULTS: dict[str, tuple[list[str], str]] = {
     "init without average": (["--train.init", "{p}/params", "--train.init-ema"], "no moving average"),
     "average of published": (["--train.init", "{p}/w.safetensors", "--train.init-ema"], "no training checkpoint"),
     "dropout": (["--dropout.both", "0.9"], "DropoutConfig: text, references, both"),
-    "learning rate": (["--optimizer.learning-rate", "-1"], r"learning_rate=-1\.0 .* must both be positive"),
+    "learning rate": (["--optimizer.learning-rate", "-1"], r"OptimizerConfig\.learning_rate=-1\.0 must be positive"),
     "cosine": (
         ["--optimizer.schedule", "cosine", "--optimizer.warmup-steps", "12"],
         "leaves nothing of train.steps=12",
@@ -161,8 +155,6 @@ FAULTS: dict[str, tuple[list[str], str]] = {
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_refused_before_compiling(name, place, capsys, monkeypatch):
-    import re
-
     arguments, message = FAULTS[name]
     before = files(place)
     given = [TINY, "--train.folder", place / "new", *(x.replace("{p}", str(place)) for x in arguments)]
@@ -181,11 +173,32 @@ DATA = ["--synthetic.num-examples", "0", "--train.held-out-every", "0", "--train
         ("--model.dit.text-width", 20, "text width 16, but model.dit.text_width is 20"),
         ("--model.dit.latent-channels", 12, "latent channels 16, but model.dit.latent_channels is 12"),
         ("--data.text-length", 4, "data.text_length is 4, but the longest prompt has 5 tokens"),
+        ("--data.held-out", 24, "data.held_out is 24 of 17 examples, which leaves none to train on"),
     ],
 )
 def test_a_model_that_does_not_fit_the_data(field, value, message, place, capsys, monkeypatch):
     given = [TINY, *DATA, "--data.path", place / "data", "--train.folder", place / "new", field, value]
     assert message in refuse(given, capsys, monkeypatch)
+    assert files(place / "new") == []
+
+
+def test_everything_that_does_not_fit_is_listed_at_once(place, capsys, monkeypatch):
+    shutil.rmtree(place / "data")
+    write_data(place / "data", made={"empty_text": [[0.0] * 12] * 6})
+    fields = {"model.alignment.vfm-width": 10, "model.dit.text-width": 20, "model.dit.latent-channels": 12}
+    fields |= {"data.text-length": 4, "data.held-out": 24, "model.dit.max-position": 4}
+    given = [f"--{name}={value}" for name, value in fields.items()]
+    patch = ["--model.dit.patch-size", "1", "1", "2"]
+    sentence = refuse(
+        [TINY, *DATA, "--data.path", place / "data", "--train.folder", place / "new", *given, *patch],
+        capsys,
+        monkeypatch,
+    )
+    for name in ("vfm_width is 10", "text_width is 20", "latent_channels is 12", "longest prompt has 5 tokens"):
+        assert name in sentence
+    for name in ("held_out is 24 of 17", "max_position=4", "patch_size=(1, 1, 2) makes 12", "shape [6, 12]"):
+        assert name in sentence
+    assert "--from-dataset takes these sizes" in sentence
     assert files(place / "new") == []
 
 
@@ -208,7 +221,7 @@ def broken_data(place: Path, how: str) -> str:
     if how == "empty text":
         shutil.rmtree(data)
         write_data(data, made={"empty_text": [[0.0] * 12]})
-        return "has an empty_text of shape [1, 12]"
+        return "has an empty_text of shape [1, 12], but model.dit.text_width is 16"
     assert how == "flipped bytes"
     for path in data.glob("*.array_record"):
         blob = bytearray(path.read_bytes())
@@ -258,12 +271,10 @@ def test_a_run_that_can_not_go_on(how, place, capsys, monkeypatch):
 
 def write_recipe(place: Path) -> Path:
     """The tests' recipe as a file."""
-    import dataclasses
-
     path = place / "recipe.py"
     values = json.dumps(dataclasses.asdict(recipe(place / "run")))
     path.write_text(
-        "import json\nfrom refalign_jax.checkpoint import from_dict\nfrom refalign_jax.train_config import Config\n"
+        "import json\nfrom refalign_jax.config import Config, from_dict\n"
         f"def get_config():\n    return from_dict(Config, json.loads({values!r}), 'recipe')\n"
     )
     return path
@@ -272,10 +283,15 @@ def write_recipe(place: Path) -> Path:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "is no recipe; name a Python file"),
-        ("def get_config(:", "is no recipe that can be read: "),
+        (None, "recipe.py does not exist; name a Python file with get_config(), or one of demo, refalign_14b_stage1,"),
+        ("def get_config(:", "cannot be read as a recipe: "),
         ("import nothing_of_that_name", "No module named 'nothing_of_that_name'"),
         ("x = 1", "has no attribute 'get_config'"),
+        ("def get_config(): return 1 / 0", "cannot be read as a recipe: division by zero"),
+        (
+            "from refalign_jax.config import DiTConfig\ndef get_config(): return DiTConfig(width=float('nan'))",
+            "recipe.py cannot be read as a recipe: DiTConfig.width=nan must be a whole number",
+        ),
         ("def get_config(): return {}", "get_config() returns dict; it must return a Config"),
     ],
 )
@@ -305,7 +321,7 @@ def test_no_room_for_a_checkpoint(place, capsys, monkeypatch):
 def test_metrics_on_a_full_disk(place, capsys, monkeypatch):
     (place / "new").mkdir()
     (place / "new/metrics.jsonl").symlink_to("/dev/full")
-    sentence = refuse([TINY, "--train.folder", place / "new"], capsys, monkeypatch)
+    sentence, _ = fail([TINY, "--train.folder", place / "new"], capsys, monkeypatch)
     assert "metrics.jsonl could not be written: No space left on device" in sentence
 
 
@@ -313,20 +329,20 @@ def test_too_little_device_memory(place, capsys, monkeypatch):
     def exhausted(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand a page more")
 
-    monkeypatch.setattr(training, "compile_step", exhausted)
-    assert "memory is too small (RESOURCE_EXHAUSTED" in fail([TINY, "--train.folder", place / "new"], capsys)
+    monkeypatch.setattr(jax.stages.Lowered, "compile", exhausted)
+    sentence, _ = fail([TINY, "--train.folder", place / "new"], capsys, monkeypatch)
+    assert "memory is too small (RESOURCE_EXHAUSTED" in sentence
 
 
-def command(place: Path, *arguments: object, limit: str = "unlimited") -> subprocess.CompletedProcess:
+def process(place: Path, *arguments: object, limit: str = "unlimited") -> subprocess.CompletedProcess:
     """Runs the command in a process whose files may grow to `limit` blocks of 1,024 bytes."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     given = [sys.executable, str(ROOT / "tools/train.py"), str(write_recipe(place)), *map(str, arguments)]
     shell = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", *given]
-    return subprocess.run(shell, capture_output=True, text=True, env=environment, check=False)
+    return subprocess.run(shell, capture_output=True, text=True, env=environment(), check=False)
 
 
 def test_a_loss_that_becomes_infinite_as_a_command(place):
-    done = command(place, "--train.folder", place / "new", "--optimizer.learning-rate", "1e30")
+    done = process(place, "--train.folder", place / "new", "--optimizer.learning-rate", "1e30")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     sentence = done.stderr.rstrip("\n").splitlines()[-1]
@@ -338,7 +354,7 @@ def test_a_loss_that_becomes_infinite_as_a_command(place):
 
 def test_a_disk_that_fills_up_as_a_command(place):
     """Files may not grow beyond 64 kB: metrics fit, arrays don't."""
-    done = command(place, "--train.folder", place / "new", "--train.save-every", "2", limit="64")
+    done = process(place, "--train.folder", place / "new", "--train.save-every", "2", limit="64")
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     sentence = done.stderr.rstrip("\n").splitlines()[-1]

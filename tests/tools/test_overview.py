@@ -1,4 +1,4 @@
-"""tools/overview.py as a command, and the standard library's module beside it."""
+"""`refalign overview` as a command."""
 
 import subprocess
 import sys
@@ -54,7 +54,7 @@ def test_description(dataset):
 
 def test_command_describes_verifies_and_draws(dataset):
     """Run by its path, where tools/ comes before the standard library on sys.path."""
-    command = [sys.executable, str(TOOLS / "inspect.py"), str(dataset), "--verify", "--out", str(dataset / "s.png")]
+    command = [sys.executable, str(TOOLS / "overview.py"), str(dataset), "--verify", "--out", str(dataset / "s.png")]
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(TOOLS.parent)})
     assert done.returncode == 0, done.stderr
     assert "1 shards are as written" in done.stdout
@@ -63,15 +63,12 @@ def test_command_describes_verifies_and_draws(dataset):
     assert sheet.std() > 20
 
 
-def test_neighbours_in_tools_get_the_standard_librarys_inspect(tmp_path):
-    (tmp_path / "inspect.py").write_bytes((TOOLS / "inspect.py").read_bytes())
-    (tmp_path / "other.py").write_text("import dataclasses, inspect\nprint(inspect.signature(len))\n")
-    done = subprocess.run([sys.executable, str(tmp_path / "other.py")], capture_output=True, text=True)
-    assert done.stdout == "(obj, /)\n", done.stderr
+def test_no_command_hides_a_module_of_the_standard_library():
+    assert not {path.stem for path in TOOLS.glob("*.py")} & sys.stdlib_module_names
 
 
 def test_faults_are_one_sentence_and_an_exit_code(tmp_path):
-    command = [sys.executable, str(TOOLS / "inspect.py"), str(tmp_path / "none")]
+    command = [sys.executable, str(TOOLS / "overview.py"), str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(TOOLS.parent)})
     assert done.returncode != 0
     assert len(done.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""tools/train.py as a command: help, overrides, misspelt fields, recipes, and kill -9."""
+"""`refalign train` as a command: help, overrides, misspelt fields, recipes, and kill -9."""
 
 import dataclasses
 import json
@@ -6,18 +6,28 @@ import random
 import re
 import signal
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+import tyro
 from support.runs import CACHE, recipe
 
-from refalign_jax.config import Config
-from refalign_jax.config.recipe import flat_fields
+from refalign_jax.command import load, parse_recipe
+from refalign_jax.config import Config, flat_fields, read_recipe
 from refalign_jax.flops import Shape, tokens
 from tools.soak import Attempt, differences, survivors
-from tools.train import main, parse, read_recipe
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs/tiny.py")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+
+
+def parse(arguments: list[str]) -> Config:
+    return parse_recipe(Options, arguments, "tools/train.py", "What it does.").config
 
 
 def test_help_shows_every_field_with_type_and_the_recipes_value(capsys):
@@ -79,7 +89,7 @@ def test_a_killed_run_loses_nothing_and_leaves_no_worker(tmp_path):
     file = tmp_path / "recipe.py"
     values = json.dumps(dataclasses.asdict(recipe(tmp_path, preview_every=0)))
     file.write_text(
-        "import json\nfrom refalign_jax.checkpoint import from_dict\nfrom refalign_jax.train_config import Config\n"
+        "import json\nfrom refalign_jax.config import Config, from_dict\n"
         f"def get_config():\n    return from_dict(Config, json.loads({values!r}), 'recipe')\n"
     )
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -93,5 +103,5 @@ def test_a_killed_run_loses_nothing_and_leaves_no_worker(tmp_path):
     second.wait()
     assert second.process.returncode == 0, (killed / "output.txt").read_text()
     assert survivors(second.process.pid) == []
-    assert main([str(file), "--train.folder", str(whole), "--train.save-every", "3"]) == 0
+    assert load("train")([str(file), "--train.folder", str(whole), "--train.save-every", "3"], "train") is None
     assert differences(killed, whole) == []
