@@ -1,7 +1,8 @@
 """A smoke test: a tiny model on synthetic examples; it runs on a laptop's CPU and learns nothing.
 
-python tools/train.py configs/tiny.py --train.folder /tmp/tiny
-Hardware: one CPU. Time: a minute, most of it start and compilation; not measured.
+    python tools/train.py configs/tiny.py --train.folder runs/tiny
+
+Hardware: one CPU. One device: as it is. Time: a minute, most of it start and compilation; not measured.
 Every number is ours, chosen to be small.
 """
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from support.places import ROOT, TESTS, environment
+from support.places import ROOT, environment
 
 from refalign_jax import command
 from refalign_jax.config import Config
@@ -116,13 +116,3 @@ def test_settings_as_name_and_value():
     assert (config.model.dit.offload, config.synthetic.latent_grid, config.train.steps) == (True, (1, 8, 8), 3)
     with pytest.raises(ValueError, match=r"'model\.dit\.remat' names no value"):
         command.override(Config(), ["model.dit.remat"])
-
-
-def test_nothing_is_imported_from_the_commands():
-    """What is tested lies in the package; the commands are run."""
-    found = [
-        path.relative_to(ROOT)
-        for path in TESTS.rglob("*.py")
-        if re.search(r"^\s*(from|import) tools\b", path.read_text(), re.MULTILINE)
-    ]
-    assert found == []
