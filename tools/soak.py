@@ -20,13 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import tyro
 
 from refalign_jax.command import run
-from refalign_jax.convert.checkpoint import ARRAYS, find_checkpoint, read_arrays, read_json
-from refalign_jax.trainer.log import read_metrics
-from refalign_jax.trees import flatten
 
 TOOLS = Path(__file__).parent
 COMPARED = ("loss", "flow", "pull", "push", "grad_norm", "held_out_loss")
@@ -34,6 +30,12 @@ COMPARED = ("loss", "flow", "pull", "push", "grad_norm", "held_out_loss")
 
 def differences(first: Path, second: Path) -> list[str]:
     """In what the newest checkpoints and the metrics of two runs differ, and steps that are not there just once."""
+    import numpy as np
+
+    from refalign_jax.convert.checkpoint import ARRAYS, find_checkpoint, read_arrays, read_json
+    from refalign_jax.trainer.log import read_metrics
+    from refalign_jax.trees import flatten
+
     found = []
     a, b = (find_checkpoint(folder)[0] for folder in (first, second))
     for item in ARRAYS:
