@@ -1,6 +1,6 @@
-"""Sampling: steps along the guided velocity, from noise (σ = 1) to a video (σ = 0).
+"""Sampling: a solver follows the guided velocity from noise (σ = 1) to a video (σ = 0).
 
-    x ← x + (σ_{i+1} - σ_i)·v,   σ_N = 0
+    x ← x + (σ_{i+1} - σ_i)·v,   σ_N = 0                                     Euler; see solvers/ for the others
     v = v(n,0) + s_ref·(v(n,r) - v(n,0)) + s_text·(v(c,r) - v(n,r))
 
 n is the negative prompt, c the prompt, r the references; 0 means as many frames of zero latents, with their tokens and
@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from refalign_jax.config import DiTConfig, SamplingConfig
 from refalign_jax.flow import schedule
 from refalign_jax.models.condition import Condition
 from refalign_jax.models.transformer import velocity
+from refalign_jax.solvers import SOLVERS
 from refalign_jax.types import Array, Float, Params
 
 
@@ -79,21 +82,23 @@ def sample(
       prompt: prompt and references.
       negative: negative prompt and the same references.
       dit: the transformer.
-      config: steps, shift, guidance.
+      config: solver, steps, shift, guidance.
 
     Returns:
       Normalised latents, float32.
     """
-    table = schedule(config.num_steps, config.shift)
-    sigmas = jnp.append(jnp.asarray(table.sigmas), 0.0)
+    table, solver = schedule(config.num_steps, config.shift), SOLVERS[config.solver]
+    sigmas = np.append(table.sigmas, np.float32(0)).astype(np.float64)
+    coefficients = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), solver.tables(sigmas))
 
-    def step(x: Array, times: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        sigma, following, t = times
+    def step(carry: tuple[Any, Array], inputs: tuple[Array, Any]) -> tuple[tuple[Any, Array], None]:
+        (memory, x), (t, row) = carry, inputs
 
         def v(*conditions: Condition) -> list[Array]:
             return velocities(params, dit, x, jnp.full(x.shape[:1], t), conditions, config.batched_guidance)
 
-        return x + (following - sigma) * guided_velocity(v, prompt, negative, config), None
+        return solver.step(row, memory, x, guided_velocity(v, prompt, negative, config)), None
 
-    times = (sigmas[:-1], sigmas[1:], jnp.asarray(table.timesteps))
-    return jax.lax.scan(step, noise.astype(jnp.float32), times)[0]
+    x = noise.astype(jnp.float32)
+    (_, x), _ = jax.lax.scan(step, (solver.begin(x), x), (jnp.asarray(table.timesteps), coefficients))
+    return x

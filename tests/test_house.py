@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "trees", "types", "atomic", "devices", "version"),
     ("provenance", "flops", "sharding", "command"),
     ("models",),
-    ("alignment", "flow"),
+    ("alignment", "flow", "solvers"),
     ("objective", "sampling", "initial"),
     ("convert",),
     ("encoders",),

@@ -12,10 +12,11 @@ from refalign_jax.config.checks import check_num_frames, check_range, check_valu
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """Euler sampling with three-branch guidance.
+    """Sampling with three-branch guidance.
 
     Attributes:
-      num_steps: N, the number of Euler steps.
+      solver: `euler`, as RefAlign samples; `dpm++` (2M) or `unipc` (order 2) need fewer steps.
+      num_steps: N, the number of steps; each takes one guided velocity.
       shift: Shift of the sampling schedule, as in `FlowConfig`.
       reference_guidance: s_ref, the guidance scale of the references.
       text_guidance: s_text, the guidance scale of the text.
@@ -23,6 +24,7 @@ class SamplingConfig:
         instead of one after the other.
     """
 
+    solver: Literal["euler", "dpm++", "unipc"] = "euler"
     num_steps: int = 50
     shift: float = 5.0
     reference_guidance: float = 5.0
