@@ -22,7 +22,7 @@ def report(
     out: Annotated[str, arg(metavar="FILE", help_behavior_hint="(default: report.html in RUN)")] = "",
     compare: tuple[tuple[Path, Path], ...] = (),
 ) -> None:
-    """Writes what a run was, learned and sampled as one HTML page.
+    """Writes an HTML page about a run: its losses, its samples and what its reference tokens show.
 
     Args:
       folder: the run's folder, the train.folder of tools/train.py.
@@ -31,9 +31,11 @@ def report(
     """
     if not folder.is_dir():
         raise ValueError(f"The run {folder} does not exist.")
-    from refalign_jax.report import page
+    from refalign_jax.report.page import write_report
 
-    page.report(folder, out=out, compare=compare)
+    path = Path(out) if out else folder / "report.html"
+    write_report(folder, path, compare)
+    print(f"The report is {path}.")
 
 
 def main(arguments: list[str], prog: str) -> None:

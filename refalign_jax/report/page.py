@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from tqdm import tqdm
 
 from refalign_jax.atomic import atomic_write, write_text
@@ -59,25 +57,6 @@ def write_report(run: Path, out: Path, compare: Sequence[tuple[Path, Path]] = ()
         made=about(),
     )
     write_text(out, page)
-
-
-def report(
-    run: Annotated[Path, tyro.conf.Positional],
-    /,
-    *,
-    out: str = "",
-    compare: tuple[tuple[Path, Path], ...] = (),
-) -> None:
-    """Writes an HTML page about a run: its losses, its samples and what its reference tokens show.
-
-    Args:
-      run: folder of the run, the train.folder of tools/train.py.
-      out: the HTML file; empty means report.html in the run's folder.
-      compare: pairs of runs with the same seed, each with alignment first, then without (model.alignment.weight 0).
-    """
-    path = Path(out) if out else run / "report.html"
-    write_report(run, path, compare)
-    print(f"The report is {path}.")
 
 
 def _summary(run: Run) -> str:

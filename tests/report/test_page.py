@@ -4,19 +4,19 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from markupsafe import Markup
 from PIL import Image
 from support import chromium
+from support.places import ROOT, environment
 from support.reported import recipe, write_run
 
 from refalign_jax.report import page
 from refalign_jax.report.content import Section
 
-TOOL = Path(__file__).parents[2] / "tools" / "report.py"
+TOOL = ROOT / "tools" / "report.py"
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +74,15 @@ def test_every_chart_is_a_file_too(report):
         assert np.asarray(Image.open(file).convert("L")).std() > 5, file
 
 
-def test_what_a_run_lacks_is_left_out_with_a_sentence(tmp_path, trained, capsys):
+def test_what_a_run_lacks_is_left_out_with_a_sentence(tmp_path, trained):
     folder = write_run(recipe(tmp_path / "run", "", weight=0.0), trained)
     (folder / "metrics.jsonl").unlink()
     shutil.rmtree(folder / "checkpoints")
     (folder / "previews").mkdir()
     for step in (20, 40):
         Image.new("RGB", (40, 20)).save(folder / "previews" / f"step-{step:08d}.png")
-    page.report(folder)
-    assert capsys.readouterr().out == f"The report is {folder / 'report.html'}.\n"
+    done = subprocess.run([sys.executable, TOOL, folder], capture_output=True, text=True, env=environment(), check=True)
+    assert done.stdout == f"The report is {folder / 'report.html'}.\n"
     shown = text_of(folder / "report.html")
     for part in (
         "without reference alignment (λ = 0)",
@@ -97,7 +97,7 @@ def test_what_a_run_lacks_is_left_out_with_a_sentence(tmp_path, trained, capsys)
 
 
 def test_no_run_is_one_sentence(tmp_path):
-    done = subprocess.run([sys.executable, str(TOOL), str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, TOOL, tmp_path], capture_output=True, text=True, env=environment())
     assert done.returncode == 2
     assert re.fullmatch(r"error: .* is no run's folder: [^\n]*\n", done.stderr)
     assert list(tmp_path.iterdir()) == []
