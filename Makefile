@@ -23,15 +23,15 @@ $(VENV)/.ahead: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[ahead]'
 	touch $@
 
-# All tests but those against other frameworks' live models, and those of the TPU's compiler where it isn't installed.
+# All tests but those of `make parity` and `make ahead`. A file's tests run in one process, which shares their programs.
 test: $(VENV)/.installed
-	$(BIN)/pytest -n 2 --ignore tests/parity
+	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/parity --ignore tests/perf/test_ahead.py
 
 # Against torch, diffusers and transformers.
 parity: $(VENV)/.parity
 	$(BIN)/pytest tests/parity
 
-# With the TPU's compiler, which needs no TPU.
+# Against the TPU's compiler, which needs no TPU.
 ahead: $(VENV)/.ahead
 	$(BIN)/pytest tests/perf/test_ahead.py
 
