@@ -12,9 +12,9 @@ RUN apt-get update && apt-get install -y --no-install-recommends git && rm -rf /
 WORKDIR /app
 ARG EXTRA=
 
-# Dependencies first, so that a change of the code does not install them again.
-COPY setup.py README.md ./
-RUN pip install --no-cache-dir ".${EXTRA:+[$EXTRA]}"
+# Dependencies first, around an empty package, so that a change of the code does not install them again.
+COPY setup.py pyproject.toml README.md LICENSE ./
+RUN mkdir refalign_jax tools configs && pip install --no-cache-dir ".${EXTRA:+[$EXTRA]}"
 # jax[tpu] may bring an older libtpu, with which a step needs far more memory; see docs/pods-and-memory.md.
 RUN if [ "$EXTRA" = tpu ]; then pip install --no-cache-dir --upgrade "libtpu>=0.0.52"; fi
 

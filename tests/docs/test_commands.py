@@ -25,7 +25,8 @@ def _commands() -> dict[tuple[str, str], set[str]]:
             for tool, rest in COMMAND.findall(re.sub(r"\\\n", " ", text)):
                 words = re.sub(r"\s#.*", "", rest.split("\n")[0]).replace("[", " ").replace("]", " ").split()
                 first = words[0] if words and not words[0].startswith(("-", "…")) else ""
-                kept = first if first.endswith(".py") or tool in ("tools/prepare.py", "tools/convert.py") else ""
+                kept = first if first.endswith(".py") or tool == "tools/convert.py" else ""
+                kept = "jsonl" if tool == "tools/prepare.py" else kept
                 found[tool, kept] |= {word.split("=")[0] for word in words if word.startswith("--")}
     return found
 
