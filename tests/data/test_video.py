@@ -8,7 +8,18 @@ import pytest
 from PIL import Image
 from support.footage import panned, photograph
 
-from refalign_jax.data.video import cut_out, probe, read_frames, read_image, read_mask, to_float, to_pixels, write_video
+from refalign_jax.data.video import (
+    cut_out,
+    probe,
+    read_frames,
+    read_image,
+    read_mask,
+    to_float,
+    to_pixels,
+    write_latents,
+    write_video,
+)
+from refalign_jax.encoders.dct import DCTCodec
 
 
 @pytest.fixture
@@ -52,6 +63,17 @@ def test_same_frames_give_the_same_bytes_and_replace_the_file(clip, tmp_path):
     write_video(clip, panned("cat", 3), fps=12.5)
     assert probe(clip).num_frames == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.mp4", "clip.mp4"]
+
+
+def test_latents_are_decoded_and_written(tmp_path):
+    codec = DCTCodec(4, 48)
+    paths = [tmp_path / "cat.mp4", tmp_path / "coffee.mp4"]
+    videos = np.stack([to_float(panned(path.stem, 5)) for path in paths])
+    latents = codec.encode(videos)
+    write_latents(paths, latents, codec, 8)
+    for path, frames in zip(paths, to_pixels(codec.decode(latents)), strict=True):
+        write_video(tmp_path / "expected.mp4", frames, 8)
+        assert path.read_bytes() == (tmp_path / "expected.mp4").read_bytes()
 
 
 def remux(source, target, change):
