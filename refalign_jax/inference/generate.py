@@ -228,36 +228,31 @@ def draw(
     Raises:
       ValueError: a reference can't be read.
     """
-    config, codec = generator.config, generator.codec
-    padded = [*requests, *[requests[-1]] * (size - len(requests))]
-    frames, rows, columns = generator.size
+    codec, (frames, rows, columns) = generator.codec, generator.size
+    F, H, W, C = (frames - 1) // 4 + 1, rows // codec.stride, columns // codec.stride, codec.channels
     images = [
         np.array([load_reference(r, rows, columns) for r in request.references], np.uint8).reshape(-1, rows, columns, 3)
         for request in requests
     ]
-    H, W, C = rows // codec.stride, columns // codec.stride, codec.channels
-    latents = np.zeros((size, max(most_references, 1), H, W, C), np.float32)
-    for row, image in zip(latents, images, strict=False):
+    references = np.zeros((len(requests), max(most_references, 1), H, W, C), np.float32)
+    for row, image in zip(references, images, strict=True):
         row[: len(image)] = encode_references(image, codec)
-    latents[len(requests) :] = latents[len(requests) - 1]
-    counts = np.array([len(request.references) for request in padded], np.int32)
-    text = _embed([request.prompt for request in padded], generator)
-    negative = _embed([generator.generate.negative_prompt] * size, generator)
-    noise = np.stack(
-        [
-            random_of(request.id, generator.generate.seed).standard_normal(((frames - 1) // 4 + 1, H, W, C), np.float32)
-            for request in padded
-        ]
-    )
+    num_references = np.array([len(image) for image in images], np.int32)
+    text = _embed([request.prompt for request in requests], generator)
+    negative = _embed([generator.generate.negative_prompt], generator).repeat(len(requests), axis=0)
+    seed = generator.generate.seed
+    noise = np.stack([random_of(r.id, seed).standard_normal((F, H, W, C), np.float32) for r in requests])
+    filled = np.minimum(np.arange(size), len(requests) - 1)
+    inputs = [x[filled] for x in (noise, text, negative, references, num_references)]
     with jax.set_mesh(generator.mesh):
-        prompt = Condition(*to_devices((text, latents, counts), generator.mesh))
+        start, prompt_text, negative_text, *given = to_devices(inputs, generator.mesh)
         drawn = sample(
             generator.params,
-            to_devices(noise, generator.mesh),
-            prompt,
-            prompt._replace(text=to_devices(negative, generator.mesh)),
-            dit=config.model.dit,
-            config=config.sampling,
+            start,
+            Condition(prompt_text, *given),
+            Condition(negative_text, *given),
+            dit=generator.config.model.dit,
+            config=generator.config.sampling,
         )
     return np.asarray(drawn)[: len(requests)], images
 
