@@ -10,10 +10,8 @@ import collections
 import json
 import textwrap
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import tyro
 from matplotlib.figure import Figure
 
 from refalign_jax.atomic import atomic_write
@@ -21,8 +19,7 @@ from refalign_jax.config import FIELDS
 from refalign_jax.data.colours import principal_colours
 from refalign_jax.data.examples import fill
 from refalign_jax.data.manifest import Manifest, read_manifest
-from refalign_jax.data.shards import ShardSource
-from refalign_jax.data.shards import verify as check_shards
+from refalign_jax.data.shards import ShardSource, verify_shards
 
 
 def describe(manifest: Manifest) -> str:
@@ -78,9 +75,7 @@ def contact_sheet(source: ShardSource, rows: int) -> Figure:
     return figure
 
 
-def inspect_dataset(
-    dataset: Annotated[str, tyro.conf.Positional], /, *, verify: bool = False, out: Path | None = None, rows: int = 6
-) -> None:
+def inspect_dataset(dataset: str, *, verify: bool = False, out: Path | None = None, rows: int = 6) -> None:
     """Prints what a prepared dataset contains.
 
     Args:
@@ -95,7 +90,7 @@ def inspect_dataset(
     manifest = read_manifest(dataset)
     print(describe(manifest))
     if verify:
-        problems = check_shards(dataset)
+        problems = verify_shards(dataset)
         if problems:
             raise ValueError(f"{len(problems)} of {len(manifest.shards)} shards are not as written: {problems[0]}")
         print(f"verified    {len(manifest.shards)} shards are as written")

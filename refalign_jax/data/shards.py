@@ -24,7 +24,7 @@ class CorruptRecordError(ValueError):
 class ShardSource:
     """Random access to the examples of a finished dataset, in the order in which they were written.
 
-    Opening it reads the manifest and compares the sizes of the shards; `verify` compares their checksums too.
+    Opening it reads the manifest and compares the sizes of the shards; `verify_shards` compares their checksums too.
 
     Args:
       folder: the dataset's folder.
@@ -78,7 +78,7 @@ class ShardSource:
         return arrays, about
 
 
-def verify(folder: str | os.PathLike[str]) -> list[str]:
+def verify_shards(folder: str | os.PathLike[str]) -> list[str]:
     """Reads every shard and compares size and SHA-256 with the manifest.
 
     Returns:

@@ -18,7 +18,7 @@ from refalign_jax.config import Storage
 from refalign_jax.data.examples import decode, encode
 from refalign_jax.data.manifest import MANIFEST, read_manifest
 from refalign_jax.data.shard_writer import ShardWriter
-from refalign_jax.data.shards import CorruptRecordError, ShardSource, verify
+from refalign_jax.data.shards import CorruptRecordError, ShardSource, verify_shards
 
 MADE = {"encoders": {"video": "dct"}, "command": "test"}
 
@@ -89,7 +89,7 @@ def test_manifest_says_what_is_there(tmp_path):
     raw = json.loads((folder / MANIFEST).read_text())
     assert raw["num_examples"] == 10
     assert raw["fields"]["reference_latents"] == {"shape": ["R", 4, 6, 3], "dtype": "bfloat16"}
-    assert verify(folder) == []
+    assert verify_shards(folder) == []
 
 
 def test_a_writer_that_fails_keeps_whole_shards_and_the_next_goes_on(tmp_path):
@@ -112,7 +112,7 @@ def test_a_writer_that_fails_keeps_whole_shards_and_the_next_goes_on(tmp_path):
     source = ShardSource(folder)
     assert [source[i][1]["id"] for i in range(len(source))] == [f"e{i}" for i in range(10)]
     assert source.manifest.made["command"] == "again"
-    assert verify(folder) == []
+    assert verify_shards(folder) == []
 
 
 def test_killed_writer_leaves_whole_shards(tmp_path):
@@ -127,7 +127,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     )
     assert run(code, tmp_path / "d").returncode == -signal.SIGKILL
     assert [len(shard.ids) for shard in read_manifest(tmp_path / "d").shards] == [2, 2]
-    assert verify(tmp_path / "d") == []
+    assert verify_shards(tmp_path / "d") == []
     with ShardWriter(tmp_path / "d", storage=FLOAT32, made=MADE, examples_per_shard=2) as writer:
         assert writer.done == {"e0", "e1", "e2", "e3"}
         writer.add(make(4))
@@ -197,7 +197,7 @@ except OSError as error:
     assert "finished shards are kept" in done.stdout
     assert len(done.stdout.splitlines()) == 1
     assert shards(folder) == ["examples-00000.array_record", MANIFEST]
-    assert verify(folder) == []
+    assert verify_shards(folder) == []
 
 
 def test_folders_that_are_no_dataset(tmp_path):
@@ -224,7 +224,7 @@ def test_missing_and_truncated_shards_are_found_on_opening(tmp_path):
     shard.unlink()
     with pytest.raises(ValueError, match=r"examples-00001.array_record is missing"):
         ShardSource(folder)
-    assert len(verify(folder)) == 1
+    assert len(verify_shards(folder)) == 1
 
 
 def test_flipped_byte_is_named_by_shard_and_record(tmp_path):
@@ -237,7 +237,7 @@ def test_flipped_byte_is_named_by_shard_and_record(tmp_path):
         source[6]
     assert source[5][1]["id"] == "e5"
     assert source[7][1]["id"] == "e7"
-    (problem,) = verify(folder)
+    (problem,) = verify_shards(folder)
     assert "examples-00001.array_record has SHA-256" in problem
 
 

@@ -11,7 +11,7 @@ import pytest
 from support.footage import write_records
 
 from refalign_jax.data.manifest import read_manifest
-from refalign_jax.data.shards import ShardSource, verify
+from refalign_jax.data.shards import ShardSource, verify_shards
 
 ROOT = Path(__file__).parents[2]
 STAND_INS = ("--vae", "dct", "--text-encoder", "words", "--vfm", "daisy")
@@ -46,7 +46,7 @@ def test_a_killed_command_goes_on(tmp_path):
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert verify(out) == []
+    assert verify_shards(out) == []
     if process.returncode == -signal.SIGKILL:
         assert 1 <= read_manifest(out).num_examples <= 3
     done = run(records, out, *STAND_INS, *SMALL)
