@@ -27,7 +27,7 @@ from refalign_jax.data.examples import fill
 from refalign_jax.data.prepare import prepare
 from refalign_jax.data.records import Reference
 from refalign_jax.data.shards import ShardSource
-from refalign_jax.data.video import to_pixels, write_video
+from refalign_jax.data.video import write_latents
 from refalign_jax.demo.scenes import CELL, FPS, GRID, NUM_FRAMES, draw_scenes, read_scene, reference_path, write_clips
 from refalign_jax.demo.score import Verdict, evaluation, judge_files
 from refalign_jax.encoders.open import reopen_video_codec
@@ -174,7 +174,7 @@ def evaluate(run: Path, config: Config, count: int) -> None:
         latents = np.empty((1, *arrays["video_latents"].shape), np.float32)
         fill(latents[0], arrays, "video_latents")
         entry["truth"] = f"{entry['id']}-truth.mp4"
-        write_video(folder / entry["truth"], to_pixels(codec.decode(latents)[0]), FPS)
+        write_latents([folder / entry["truth"]], latents, codec, FPS)
         verdicts.append(judge_files(folder, entry, read_scene(about["metadata"]["scene"])))
         entry["scores"] = {
             "right": float(np.mean([v.recognised == v.requested for v in verdicts[-1]])),

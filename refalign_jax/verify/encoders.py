@@ -16,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from refalign_jax.config import DType
-from refalign_jax.convert.dinov3 import dinov3_layers, dinov3_table
 from refalign_jax.convert.files import open_weights
-from refalign_jax.convert.table import to_ours
-from refalign_jax.convert.umt5 import umt5_names, umt5_table, untied
-from refalign_jax.convert.vae import vae_table
+from refalign_jax.encoders.dinov3 import load_dinov3
+from refalign_jax.encoders.umt5 import load_umt5
+from refalign_jax.encoders.wan_vae import load_vae
 from refalign_jax.models import dinov3, umt5, vae
 from refalign_jax.types import Params
 from refalign_jax.verify.report import Report
@@ -78,8 +77,7 @@ class EncodersCheck:
     def _vae(self) -> None:
         """Encodes the video, its first frame alone, and decodes the published latents."""
         config = self._vae_config()
-        shapes = jax.eval_shape(lambda: vae.init(jax.random.key(0), config))
-        params = _device(to_ours(vae_table(config), shapes, open_weights(self.folder / "vae.safetensors")))
+        params = _device(load_vae(config, open_weights(self.folder / "vae.safetensors")))
         encode, decode = (jax.jit(functools.partial(f, config=config)) for f in (vae.encode, vae.decode))
         if "vae_latents" in self.values or "vae_image_latents" in self.values:
             video = jnp.moveaxis(jnp.asarray(self._need("vae_video")), 1, -1)
@@ -126,12 +124,8 @@ class EncodersCheck:
         except KeyError as error:
             raise ValueError(f"{self.folder / 'config.json'}: 'umt5' lacks {error}.") from error
         ids, mask = (jnp.asarray(self._need(f"t5_{part}"), jnp.int32) for part in ("ids", "mask"))
-        encoder = umt5.UMT5Encoder(config)
-        shapes = jax.eval_shape(encoder.init, jax.random.key(0), ids, mask)["params"]
-        weights = open_weights(self.folder / "umt5.safetensors")
-        table = umt5_table(config, umt5_names(weights.shapes))
-        params = _device(to_ours(table, shapes, untied(weights)))
-        embeddings: Any = jax.jit(encoder.apply)({"params": params}, ids, mask)
+        params = _device(load_umt5(config, open_weights(self.folder / "umt5.safetensors")))
+        embeddings: Any = jax.jit(umt5.UMT5Encoder(config).apply)({"params": params}, ids, mask)
         self._compare("t5_embeddings", embeddings)
 
     def _dinov3(self) -> None:
@@ -141,10 +135,7 @@ class EncodersCheck:
             raise ValueError(f"{self.folder} lacks dinov3.json, the config.json that transformers writes.")
         config = dinov3.DINOv3Config.from_json(json.loads(path.read_text(encoding="utf-8")), self.dtype)
         pixels = jnp.moveaxis(jnp.asarray(self._need("dino_pixels")), 1, -1)
-        model = dinov3.DINOv3(config)
-        shapes = jax.eval_shape(model.init, jax.random.key(0), pixels[:1])["params"]
-        weights = open_weights(self.folder / "dinov3.safetensors")
-        params = _device(to_ours(dinov3_table(config, dinov3_layers(weights.shapes)), shapes, weights))
+        params = _device(load_dinov3(config, open_weights(self.folder / "dinov3.safetensors")))
         self._compare("dino_tokens", dinov3.encode_tokens(params, pixels, config))
 
 
