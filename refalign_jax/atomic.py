@@ -46,7 +46,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The cause of an error in one line without a full stop, to be quoted in a sentence.
 
     TensorStore's messages run over pages; where one quotes the operating system, that is the line.

@@ -73,6 +73,8 @@ class Spec:
     """Number of tokens of the longest prompt."""
     most_references: int
     """Number of references of the example that has most."""
+    storage: Storage = dataclasses.field(default_factory=Storage)
+    """The dtype of each field."""
 
     @property
     def vfm_tokens(self) -> int:

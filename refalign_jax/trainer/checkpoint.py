@@ -1,12 +1,11 @@
-"""Checkpoints through Orbax, each a folder that is written whole or not at all.
+"""Checkpoints of a training run through Orbax, each a folder that is written whole or not at all.
 
-    of parameters alone     params · config (the ModelConfig as JSON)
-    of a training run       params · ema · optimizer · config (the whole Config as JSON) · progress (JSON: step, random
-                            key, skipped batches, data iterator, versions, commit)
+    params · ema · optimizer    arrays; no `ema` where none is kept
+    config                      the whole Config as JSON
+    progress                    JSON: step, random key, skipped batches, data iterator, versions, commit
 
-A run keeps its checkpoints in one folder, each under the number of its step. Saving copies to the host what its
-devices hold, then writes in the background. Reading parameters reads nothing else. Stacks of layers are stored in
-chunks of one layer, so that a layer can be read alone.
+A run keeps its checkpoints in one folder, each named after its step. Saving copies to the host what this process's
+devices hold, then writes in the background. convert/checkpoint.py reads the parameters alone.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ class Checkpoints:
     """The checkpoints of one training run; a context manager that waits for the last write when left.
 
     Args:
-      folder: where they are, local or gs://; made if need be. Rests of an interrupted write are removed.
-      keep: newest checkpoints that stay.
+      folder: where they are, local or gs://; made if need be. What an interrupted write left is removed.
+      keep: number of newest checkpoints that are kept.
 
     Raises:
       OSError: the folder can't be written.
@@ -41,13 +40,13 @@ class Checkpoints:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
-        except Exception as error:  # of the file system, local or not
+        except Exception as error:  # a local or a remote file system's
             reason = getattr(error, "strerror", None) or first_line(error)
             raise OSError(f"{self.folder} can't be written: {reason}.") from error
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest checkpoint, being written or written."""
+        """Step of the newest checkpoint, written or being written."""
         return self._manager.latest_step()
 
     def path(self, step: int) -> epath.Path:
@@ -60,9 +59,9 @@ class Checkpoints:
         """Saves one checkpoint; returns when the arrays are copied and may be donated.
 
         Args:
-          step: its number.
-          arrays: trees of jax arrays by name, of `ARRAYS`.
-          progress: anything JSON that a run needs to go on.
+          step: number of steps done.
+          arrays: trees of jax arrays by item, for the items of `ARRAYS`.
+          progress: whatever else a run needs to continue, as JSON.
           config: the run's configuration.
 
         Raises:
@@ -76,8 +75,8 @@ class Checkpoints:
         """Reads one checkpoint's arrays onto the devices, and its progress.
 
         Args:
-          step: its number.
-          shapes: trees of `jax.ShapeDtypeStruct`s with shardings, which may differ from those it was saved with.
+          step: of the checkpoint.
+          shapes: trees of `jax.ShapeDtypeStruct`s; their shardings may differ from those at saving.
 
         Raises:
           ValueError: a file of it is missing or damaged.
@@ -92,19 +91,19 @@ class Checkpoints:
             others = [s for s in self._manager.all_steps() if s < step]
             before = f"from step {max(others)}" if others else "from the beginning"
             raise ValueError(
-                f"{self.path(step)} can't be restored ({first_line(error)}); remove that folder to go on {before}."
+                f"{self.path(step)} can't be restored ({first_line(error)}); remove that folder to continue {before}."
             ) from error
         return {name: restored[name] for name in shapes}, restored["progress"]
 
     def should_stop(self, step: int) -> bool:
-        """Whether the cluster is about to take the machine away; the same in every process."""
+        """Whether the cluster is about to take a machine away; the same in every process."""
         return self._manager.reached_preemption(step)
 
     def wait(self) -> None:
-        """Returns when everything is written.
+        """Waits until everything is written.
 
         Raises:
-          OSError: it can't be.
+          OSError: it can't be written.
         """
         self._guard(self._manager.wait_until_finished)
 
@@ -121,7 +120,7 @@ class Checkpoints:
             self._manager.close()
 
     def _guard(self, action: Any) -> None:
-        """Runs what writes; of whatever goes wrong there, the user needs one sentence."""
+        """Calls what writes; raises whatever goes wrong there in one sentence."""
         try:
             action()
         except Exception as error:

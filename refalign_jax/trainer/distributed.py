@@ -1,48 +1,56 @@
-"""Many processes: how they find each other, and how none waits for ever for one that is gone.
+"""Many processes: how they find each other, and how none waits for ever for one that is lost.
 
 JAX finds the others by itself on Cloud TPU VMs, on GKE (xpk), under Slurm and under Open MPI. Anywhere else, three
-variables tell each process of them:
+variables describe the processes to each of them:
 
     JAX_COORDINATOR_ADDRESS   host:port of process 0, where JAX opens a server
     JAX_NUM_PROCESSES         how many there are
     JAX_PROCESS_ID            which one this is, from 0
 
-A collective waits for a process that is gone, or hangs, as long as it takes. So every process tells the others that it
-lives, through the server that JAX has in process 0, and listens. What it finds wrong it says in one sentence, and ends.
-JAX has a watch of its own, which ends a process with a page of text and without naming the other's host or step; it
-is given more time and stays behind as a reserve.
+A collective operation waits without limit for a process that is lost. Three things end that wait:
+
+    A process fails.      It prints its error and exits at once, without waiting for the others (`exit_alone`).
+    A process is lost.    JAX's heartbeat notices its silence after `train.lost_after_seconds` and aborts all others
+                          (SIGABRT). The page that JAX prints begins with "Terminating process because the JAX
+                          distributed service detected fatal errors" and names the lost process by its number: "The
+                          following tasks are unhealthy (stopped sending heartbeats): 1". Where process 0 is lost, it
+                          says at once that "the leader task was preempted/died". On CPUs the collective may fail
+                          first; then the process ends with "a collective operation failed".
+    A step hangs.         `HangGuard` prints the stack of every thread and exits.
+
+The next start continues from the newest checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
-import json
 import logging
+import math
 import os
-import socket
 import sys
 import threading
-import time
 import traceback
-from types import FrameType
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from typing import Any
 
 import jax
-from jax._src import distributed as jax_distributed  # its client of the server in process 0 has no public name
+import orbax.checkpoint as ocp
 
+from refalign_jax.atomic import first_line
 from refalign_jax.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 JOIN_SECONDS = 300
-"""How long a process waits for all of the others to come."""
+"""How long a process waits for all others to join."""
 
-ENDED_BY_WATCH = 3
-"""Exit code of a process that ends because of another, or because it hangs."""
+STDERR = 2
+"""File descriptor of the standard error, which stays when `sys.stderr` is replaced."""
 
-_PLACE = "refalign_jax/processes"
-_GOES_ON = "The next start goes on from the newest checkpoint."
+MEET_SECONDS = 86400
+"""How long a process waits for all others to have compiled, where `train.stalled_after_seconds` sets no limit."""
 
 
 def join(config: TrainConfig) -> None:
@@ -52,13 +60,17 @@ def join(config: TrainConfig) -> None:
       ValueError: the variables are incomplete or no numbers, or there are none and no cluster is recognised.
     """
     given = _given()
-    timer = threading.Timer(JOIN_SECONDS - 5, _end, ["", f"Not all processes have come within {JOIN_SECONDS} s."])
+    sentence = f"error: not all processes have joined within {JOIN_SECONDS} s; see the output of the others."
+    timer = threading.Timer(JOIN_SECONDS - 5, _exit, [sentence, 1])  # before JAX ends the process with a page
     timer.daemon = True
     timer.start()
-    reserve = int(1.5 * config.lost_after_seconds) + 5
     try:
-        jax.distributed.initialize(**given, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=reserve)
-    except ValueError as error:  # of a coordinator address, number or index that is nowhere to be found
+        jax.distributed.initialize(
+            **given,
+            initialization_timeout=JOIN_SECONDS,
+            heartbeat_timeout_seconds=math.ceil(config.lost_after_seconds),
+        )
+    except ValueError as error:  # no coordinator address, number or index is found
         raise ValueError(
             f"train.distributed is set, but no cluster is recognised here ({error}); set {', '.join(VARIABLES)}."
         ) from error
@@ -73,13 +85,13 @@ def join(config: TrainConfig) -> None:
 
 
 def _given() -> dict[str, Any]:
-    """What the variables tell, as `jax.distributed.initialize` takes it; empty where none of ours is set."""
+    """The variables' values, as `jax.distributed.initialize` takes them; empty where none of ours is set."""
     address, *numbers = (os.environ.get(name, "") for name in VARIABLES)
     if not any(numbers):
         return {}
-    lacking = [name for name in VARIABLES if not os.environ.get(name)]
-    if lacking:
-        raise ValueError(f"{' and '.join(lacking)} must be set too, since another of {', '.join(VARIABLES)} is.")
+    missing = [name for name in VARIABLES if not os.environ.get(name)]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} must be set too, since another of {', '.join(VARIABLES)} is.")
     try:
         count, index = map(int, numbers)
     except ValueError as error:
@@ -96,149 +108,74 @@ def _given() -> dict[str, Any]:
     }
 
 
-class Watch:
-    """Ends this process, with a sentence, when another is lost or when no step finishes; a context manager.
+def meet(name: str, config: TrainConfig) -> None:
+    """Waits until every process has come here; each name serves for one meeting.
 
-    A process that leaves it by an exception tells the others and ends at once where there are others: they wait for it
-    in a collective, and Python's exit would wait for them.
+    The first collective operation would wait too, but not for long: on CPUs it fails after 30 s.
+    """
+    seconds = config.stalled_after_seconds or MEET_SECONDS
+    ocp.multihost.get_barrier_sync_fn()(key=f"refalign_jax/{name}", timeout_ms=int(1000 * seconds))
+
+
+@contextlib.contextmanager
+def exit_alone() -> Iterator[None]:
+    """Where there are several processes, an exception that leaves the block is printed and ends this one at once.
+
+    Otherwise it would wait for the others when Python exits, while they wait for it in a collective operation. The exit
+    code is 2 for an error of the user, which is printed in one sentence, and 1 for any other.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        name = f"error: process {jax.process_index()}:"
+        if "Gloo" in str(error):  # the collective operations of CPUs; JAX raises it as a ValueError
+            _exit(f"{name} a collective operation failed, since another process is lost ({first_line(error)}).", 1)
+        if isinstance(error, ValueError | OSError):
+            _exit(f"{name} {error}", 2)
+        traceback.print_exception(error)
+        _exit(f"{name} {first_line(error)}.", 1)
+
+
+class HangGuard:
+    """Ends this process if no step finishes for `seconds`, with the stack of every thread; a context manager.
+
+    Python's faulthandler prints "Timeout", then the stacks, and exits with code 1, whatever the threads wait for. One
+    second before, a sentence names the last step.
 
     Args:
-      config: has `lost_after_seconds` and `stalled_after_seconds`.
+      seconds: `train.stalled_after_seconds`; 0 sets no limit.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self._config = config
-        self._index, self._count = jax.process_index(), jax.process_count()
-        self._client = jax_distributed.global_state.client if self._count > 1 else None
-        times = [t for t in (config.lost_after_seconds, config.stalled_after_seconds) if t]
-        self._interval = min(max(min(times, default=50.0) / 10, 0.1), 5.0)
-        self._main = threading.get_ident()
-        self._done, self._since, self._beats = 0, time.monotonic(), 0
-        self._heard: dict[int, tuple[int, float, dict[str, Any]]] = {
-            i: (-1, time.monotonic(), {"host": "?", "step": 0}) for i in range(self._count) if i != self._index
-        }
-        self._left = threading.Event()
-        self._threads = [threading.Thread(target=self._keep_watch, daemon=True)]
-        if self._index:
-            self._threads.append(threading.Thread(target=self._listen_to_the_first, daemon=True))
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._timer = threading.Timer(0, lambda: None)
 
     def step(self, done: int) -> None:
-        """To be called after every step, with the steps done, and between other long things."""
-        self._done, self._since = done, time.monotonic()
+        """To be called after every step, with the number of steps done."""
+        self._timer.cancel()
+        if not self._seconds:
+            return
+        sentence = (
+            f"error: no step has finished for {self._seconds:g} s after step {done}; the stacks of all threads follow. "
+            "The next start continues from the newest checkpoint."
+        )
+        self._timer = threading.Timer(self._seconds, print, [sentence], {"file": sys.stderr, "flush": True})
+        self._timer.daemon = True
+        self._timer.start()
+        faulthandler.dump_traceback_later(self._seconds + 1, exit=True, file=STDERR)
 
-    def meet(self, place: str) -> None:
-        """Waits until every process is at the same place; each place is one meeting.
-
-        Collectives wait for the last process too, but not for long: on CPUs 30 s for the first contact.
-        """
-        if self._client is not None:
-            self._client.wait_at_barrier(f"{_PLACE}/{place}", int(1000 * (self._config.stalled_after_seconds or 86400)))
-
-    def __enter__(self) -> Watch:
-        for thread in self._threads:
-            thread.start()
+    def __enter__(self) -> HangGuard:
+        self.step(0)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: object) -> None:
-        if self._client is not None and isinstance(error, jax.errors.JaxRuntimeError):
-            # A collective may fail because of another process: leave it to the watch to find out which.
-            time.sleep(self._config.lost_after_seconds + 2 * self._interval)
-        self._left.set()
-        if self._client is None:
-            return
-        if error is None:
-            self._tell("done")
-            self._client.key_value_set(f"{_PLACE}/left/{self._index}", "")
-            for thread in self._threads:
-                thread.join()
-            return
-        mendable = isinstance(error, ValueError | OSError)
-        if mendable:
-            print(f"error: process {self._index}: {error}", file=sys.stderr, flush=True)
-        else:
-            traceback.print_exception(error)
-        self._tell((str(error).splitlines() or [type(error).__name__])[0])
-        if not self._index:  # what it told is lost with it
-            time.sleep(2 * self._interval)
-        os._exit(2 if mendable else 1)
-
-    def _keep_watch(self) -> None:
-        """Tells and listens until the end, or ends the process."""
-        while not self._left.wait(self._interval):
-            stalled = self._config.stalled_after_seconds
-            if stalled and time.monotonic() - self._since > stalled:
-                self._end_stalled()
-            if self._client is None:
-                continue
-            try:
-                self._tell("")
-                told = self._client.key_value_dir_get(f"{_PLACE}/alive")
-            except jax.errors.JaxRuntimeError:
-                self._end_without_the_first()
-            for name, value in told:
-                self._hear(int(name.rpartition("/")[2]), json.loads(value))
-            for index, (_, when, last) in self._heard.items():
-                if time.monotonic() - when > self._config.lost_after_seconds and last.get("ended") != "done":
-                    _end(
-                        self._name(),
-                        f"process {index} on {last['host']} is lost, having been silent for "
-                        f"{self._config.lost_after_seconds:g} s after step {last['step']}; so this one ends after step "
-                        f"{self._done}.",
-                    )
-
-    def _tell(self, ended: str) -> None:
-        """Tells the others that this process lives, or how it ended."""
-        self._beats += 1
-        state = {"beat": self._beats, "host": socket.gethostname(), "step": self._done, "ended": ended}
-        assert self._client is not None
-        self._client.key_value_set(f"{_PLACE}/alive/{self._index}", json.dumps(state), allow_overwrite=True)
-
-    def _hear(self, index: int, state: dict[str, Any]) -> None:
-        """Notes what another process told; ends this one if it failed."""
-        if index == self._index or state["beat"] == self._heard[index][0]:
-            return
-        self._heard[index] = state["beat"], time.monotonic(), state
-        if state["ended"] not in ("", "done"):
-            what = f"process {index} on {state['host']} failed after step {state['step']} ({state['ended']:.300})"
-            _end(self._name(), f"{what}; so this one ends after step {self._done}.")
-
-    def _listen_to_the_first(self) -> None:
-        """Waits for what comes only when this process leaves; so, if process 0 is gone, that is known at once."""
-        while not self._left.is_set():
-            try:
-                self._client.blocking_key_value_get(f"{_PLACE}/left/{self._index}", 60_000)  # type: ignore[union-attr]
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    self._end_without_the_first()
-
-    def _end_without_the_first(self) -> None:
-        if self._left.is_set():
-            return
-        _end(self._name(), f"process 0 can't be reached and is lost; so this one ends after step {self._done}.")
-
-    def _end_stalled(self) -> NoReturn:
-        frame = sys._current_frames().get(self._main)
-        faulthandler.dump_traceback(all_threads=True)
-        if not self._index and self._count > 1:  # the server is here; the others' word may be the one that counts
-            time.sleep(2 * self._interval)
-        _end(
-            self._name(),
-            f"no step has finished for {self._config.stalled_after_seconds:g} s after step {self._done}; the main "
-            f"thread is in {_where(frame)}, the stacks are above.",
-        )
-
-    def _name(self) -> str:
-        return f"Process {self._index} on {socket.gethostname()}: " if self._count > 1 else ""
+    def __exit__(self, *error: object) -> None:
+        self._timer.cancel()
+        faulthandler.cancel_dump_traceback_later()
 
 
-def _where(frame: FrameType | None) -> str:
-    """The innermost function of this package in which a thread is, and the innermost of all."""
-    stack = [f"{f.name} ({os.path.basename(f.filename)}:{f.lineno})" for f in traceback.extract_stack(frame)]
-    ours = [entry.name for entry in traceback.extract_stack(frame) if "refalign_jax" in entry.filename]
-    return f"{stack[-1]}, called from {ours[-1]}" if ours and stack else (stack or ["no Python function"])[-1]
-
-
-def _end(who: str, sentence: str) -> NoReturn:
+def _exit(sentence: str, code: int) -> None:
     """Prints a sentence and ends the process, whatever its threads wait for."""
-    print(f"error: {who}{sentence} {_GOES_ON}", file=sys.stderr, flush=True)
-    os._exit(ENDED_BY_WATCH)
+    print(sentence, file=sys.stderr, flush=True)
+    os._exit(code)

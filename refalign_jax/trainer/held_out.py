@@ -23,12 +23,12 @@ from refalign_jax.types import Array, Int, Params
 
 @functools.partial(jax.jit, static_argnames="config")
 def held_out_terms(params: Params, batch: Batch, place: Int[Array, " B"], config: Config) -> dict[str, Array]:
-    """Batch means of the loss's terms at noise and times that are fixed for each example.
+    """Batch means of the loss's terms, at noise and times that are fixed for each example.
 
     Args:
       params: of the model.
       batch: held-out examples, nothing dropped.
-      place: of each among the held-out examples; over all of them, times cover the schedule evenly.
+      place: index of each among the held-out examples; over all of them, times cover the schedule evenly.
       config: of the run.
     """
     key, shape = jax.random.key(config.train.seed), batch.video_latents.shape[1:]
@@ -39,10 +39,9 @@ def held_out_terms(params: Params, batch: Batch, place: Int[Array, " B"], config
 
 
 def held_out_batches(config: Config, source: Source, mesh: Mesh) -> Iterator[tuple[Batch, Int[Array, " B"]]]:
-    """One pass over the held-out examples, read by this process, and the place of each among them."""
+    """One pass over the held-out examples: batches, and the index of each row among the held-out examples."""
     data = dataclasses.replace(config.data, num_workers=0)
-    loader = open_loader(data, source, "held_out")
-    with contextlib.closing(loader):
+    with contextlib.closing(open_loader(data, source, "held_out")) as loader:
         for _ in range(data.held_out // data.batch_size):
             rows = next(loader)
             place = (rows["index"] - (len(source) - data.held_out)).astype(np.int32)
@@ -50,7 +49,7 @@ def held_out_batches(config: Config, source: Source, mesh: Mesh) -> Iterator[tup
 
 
 def held_out_losses(params: Params, config: Config, source: Source, mesh: Mesh) -> dict[str, float]:
-    """Means over the held-out examples of the loss's terms, named held_out_loss and so on."""
+    """Means of the loss's terms over the held-out examples, named held_out_loss, held_out_flow and so on."""
     with jax.set_mesh(mesh):
         means = [held_out_terms(params, *inputs, config) for inputs in held_out_batches(config, source, mesh)]
     names = ("loss", "flow", "pull", "push")

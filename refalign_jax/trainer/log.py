@@ -1,9 +1,12 @@
-"""What a run tells: a progress bar, metrics.jsonl, TensorBoard, and what each of its files says about its making.
+"""What a run records: a progress bar, metrics.jsonl, TensorBoard, and how each of its files was made.
 
-metrics.jsonl holds one JSON object a line. A line with "start" opens every start of the run and tells versions, flags
-and commit, one with "compile_seconds" how its program turned out; a line with "step" tells of one training step, the
-number of steps done after it. A run that goes on from step k first drops the lines behind k, so that every step is
-there once.
+metrics.jsonl holds one JSON object per line. A line with "start" opens every start of the run and records versions,
+flags and commit; one with "compile_seconds" describes the compiled program; a line with "step" records one training
+step, numbered by the steps done after it. A run that continues from step k first drops the lines of later steps, so
+that every step is there once.
+
+A step's metrics are read one step late, while the devices compute the next, so that the devices never wait for the
+host: `Log` holds them until then.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +27,21 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from refalign_jax import flops
-from refalign_jax.config import Config
+from refalign_jax.atomic import write_text
+from refalign_jax.config import Config, TrainConfig
 from refalign_jax.devices import peak_flops
+from refalign_jax.types import Array
 
 SHOWN = ("loss", "pull", "push", "grad_norm", "examples_per_second", "data_wait", "mfu")
+"""Metrics beside the progress bar."""
+
+
+class NotFiniteError(ValueError):
+    """A loss or gradient is not finite, in more batches in a row than `train.max_skipped`."""
 
 
 class Meter:
-    """Time between steps, without what is not training, and the rates that follow from it.
+    """Time between steps and the rates that follow from it.
 
     Args:
       config: of the run.
@@ -47,29 +57,24 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Begins to count from now."""
-        self._began, self._waited, self._excluded = time.perf_counter(), 0.0, 0.0
+        """Sets the clock to 0."""
+        self._began, self._waited = time.perf_counter(), 0.0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """What happens inside is waiting for data."""
+        """Counts the time inside the block as waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
-    @contextlib.contextmanager
-    def excluded(self) -> Iterator[None]:
-        """What happens inside is no part of a step."""
-        start = time.perf_counter()
-        yield
-        self._excluded += time.perf_counter() - start
-
     def lap(self) -> dict[str, float]:
-        """Of the time since the last call: seconds, examples and tokens a second, share of waiting for data, MFU.
+        """Rates since the clock was 0, and sets it to 0.
 
-        MFU is there where the peak is known; see `flops`.
+        Returns:
+          Seconds, examples and tokens per second, the share of time spent waiting for data, and the MFU where the
+          devices' peak is known; see `flops`.
         """
-        seconds = max(time.perf_counter() - self._began - self._excluded, 1e-9)
+        seconds = max(time.perf_counter() - self._began, 1e-9)
         rates = {
             "seconds": seconds,
             "examples_per_second": self._examples / seconds,
@@ -83,19 +88,19 @@ class Meter:
 
 
 class Profiler:
-    """A window of steps in which JAX's profiler records into folder/profile.
+    """A window of steps that JAX's profiler records into folder/profile.
 
     Args:
       folder: of the run.
       start: steps after the start at which the window opens.
-      steps: its length; 0, no window.
+      steps: its length; 0 for no window.
     """
 
     def __init__(self, folder: Path, start: int, steps: int) -> None:
         self._folder, self._left, self._steps, self._open = folder / "profile", start, steps, False
 
     def step(self, previous: object) -> None:
-        """To be called before each step, with an array that the previous one returned."""
+        """To be called before each step, with an array that the previous step returned."""
         if self._steps and self._left in (0, -self._steps):
             jax.block_until_ready(previous)
             if self._left == 0:
@@ -106,7 +111,7 @@ class Profiler:
         self._left -= 1
 
     def close(self) -> None:
-        """Ends the window, if it is open."""
+        """Closes the window if it is open."""
         if self._open:
             jax.profiler.stop_trace()
             self._open = False
@@ -114,66 +119,135 @@ class Profiler:
 
 def write_config(folder: Path, config: Config, made: Mapping[str, Any]) -> None:
     """Writes the resolved configuration beside the checkpoints, as config.json."""
-    path = folder / "config.json"
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps({"config": dataclasses.asdict(config), "about": made}, indent=1) + "\n", "utf-8")
-    partial.replace(path)
+    content = {"config": dataclasses.asdict(config), "about": made}
+    write_text(folder / "config.json", json.dumps(content, indent=1) + "\n")
 
 
 class Log:
-    """Writes metrics to the bar, the file and TensorBoard; a context manager.
+    """Writes metrics to the progress bar, the file and TensorBoard; a context manager.
 
     Args:
-      folder: of the run; made if need be.
+      config: has the run's folder, its number of steps and `max_skipped`.
       done: steps done before this start; what the file holds beyond them is dropped.
-      steps: of the whole run.
-      made: what `about` returned.
-      enabled: False writes nothing, for all processes but the first.
+      made: what `provenance.about` returned.
+      meter: measures the steps; None for none.
+      enabled: False writes nothing: for all processes but the first.
 
     Raises:
       OSError: the folder or the file can't be written.
     """
 
-    def __init__(self, folder: Path, done: int, steps: int, made: Mapping[str, Any], enabled: bool = True) -> None:
-        self._enabled = enabled
+    def __init__(
+        self, config: TrainConfig, done: int, made: Mapping[str, Any], meter: Meter | None = None, enabled: bool = True
+    ) -> None:
+        self._enabled, self._max_skipped, self._meter = enabled, config.max_skipped, meter
+        self._unread: tuple[int, Sequence[str], Mapping[str, Any]] | None = None
+        self._record: dict[str, float] = {}
         if not enabled:
             return
+        folder = Path(config.folder)
         self.path = folder / "metrics.jsonl"
         _drop_after(self.path, done)
         self._file = self.path.open("a", encoding="utf-8")
         self._write({"start": done, **made})
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         self._board.add_text("about", f"```\n{json.dumps(made, indent=1)}\n```", done)
-        terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            initial=done, total=steps, unit="step", mininterval=0.5 if terminal else 30, dynamic_ncols=True
+            initial=done,
+            total=config.steps,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            dynamic_ncols=True,
         )
 
-    def step(self, step: int, values: Mapping[str, float]) -> None:
-        """Tells of one finished step. A number that is not finite is null in the file."""
-        if not self._enabled:
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """To be entered while a batch is waited for.
+
+        A step lasts from the end of the one before; if that has been read already, from here.
+        """
+        if self._meter is None:
+            yield
             return
-        self._write({"step": step, **values})
-        for name, value in values.items():
-            if math.isfinite(value):
-                self._board.add_scalar(name, value, step)
-        self._bar.set_postfix({name: f"{values[name]:.3g}" for name in SHOWN if name in values}, refresh=False)
-        self._bar.update()
+        if self._unread is None:
+            self._meter.restart()
+        with self._meter.waiting():
+            yield
+
+    def step(self, step: int, ids: Sequence[str], metrics: Mapping[str, Array | float], wait: bool = False) -> None:
+        """Records the step before this one, and holds this one's metrics until the next call.
+
+        Args:
+          step: number of steps done.
+          ids: of the batch's examples.
+          metrics: scalars, on the devices or not; those that are not finite become null in the file.
+          wait: wait for this step too, since what follows is not part of its time.
+
+        Raises:
+          NotFiniteError: `skipped` is greater than `max_skipped`.
+          OSError: the file can't be written.
+        """
+        self._finish()
+        self._unread = step, ids, metrics
+        if wait:
+            self._read()
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Adds values to the record of a step that was waited for."""
+        assert self._record, "add follows step(…, wait=True)"
+        self._record |= values
+
+    def flush(self) -> None:
+        """Records the step that is held and forces the file to disk, as a checkpoint must not be ahead of it.
+
+        Raises:
+          NotFiniteError, OSError: as in `step`.
+        """
+        self._finish()
+        if self._enabled:
+            os.fsync(self._file.fileno())
 
     def note(self, record: Mapping[str, Any]) -> None:
         """Writes a line that belongs to no step."""
         if self._enabled:
             self._write(record)
 
-    def sync(self) -> None:
-        """Makes sure that what was told is on disk; before a checkpoint, which must not be ahead of it."""
-        if self._enabled:
-            os.fsync(self._file.fileno())
-
-    def say(self, text: str) -> None:
-        """Prints a line without breaking the bar."""
+    def print(self, text: str) -> None:
+        """Prints a line without breaking the progress bar."""
         if self._enabled:
             self._bar.write(text, file=sys.stderr)
+
+    def _read(self) -> None:
+        """Waits for the metrics that are held and makes a record of them."""
+        assert self._unread is not None
+        (step, ids, metrics), self._unread = self._unread, None
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        self._record = {"step": step, **values, **(self._meter.lap() if self._meter else {})}
+        if not values.get("skipped"):
+            return
+        what = (
+            f"Step {step}: the loss ({values['loss']}) or its gradient (norm {values['grad_norm']}) is not finite; "
+            f"examples {', '.join(ids)}"
+        )
+        if values["skipped"] > self._max_skipped:
+            self._finish()
+            raise NotFiniteError(f"{what}; {int(values['skipped'])} in a row, train.max_skipped={self._max_skipped}")
+        self.print(f"{what}; the batch is skipped.")
+
+    def _finish(self) -> None:
+        """Reads what is held and writes the record."""
+        if self._unread is not None:
+            self._read()
+        record, self._record = self._record, {}
+        if not self._enabled or not record:
+            return
+        self._write(record)
+        values = {name: value for name, value in record.items() if name != "step"}
+        for name, value in values.items():
+            if math.isfinite(value):
+                self._board.add_scalar(name, value, record["step"])
+        self._bar.set_postfix({name: f"{values[name]:.3g}" for name in SHOWN if name in values}, refresh=False)
+        self._bar.update()
 
     def _write(self, record: Mapping[str, Any]) -> None:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
@@ -186,12 +260,16 @@ class Log:
     def __enter__(self) -> Log:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._enabled:
-            self._bar.close()
-            self._board.close()
-            with contextlib.suppress(OSError):
-                self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            if self._enabled:
+                self._bar.close()
+                self._board.close()
+                with contextlib.suppress(OSError):
+                    self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -212,6 +290,4 @@ def _drop_after(path: Path, done: int) -> None:
             continue
         if line.endswith("\n") and record.get("step", record.get("start", 0)) <= done:
             kept.append(line)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "".join(kept))

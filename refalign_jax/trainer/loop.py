@@ -1,12 +1,9 @@
 """Training.
 
-    batch, noise, i  from  the data iterator and fold_in(key, step)
-    loss(θ)   = mean over the batch of w(t_i)·MSE + λ·g(t_i)·L_RA           (objective.py)
-    θ, m, v   ← AdamW(∇loss)                                                (optimizer.py)
-
-One jitted program draws, differentiates and updates; its state is donated. The host reads a step's metrics while the
-devices compute the next. A checkpoint holds all that the next step depends on, so that a run that was killed and
-started again is the run that never stopped.
+One program draws noise and times, differentiates the loss and updates the state (step.py); it is compiled from shapes
+before the first batch is read. The host reads a step's metrics while the devices compute the next (log.py). A
+checkpoint holds all that the next step depends on, so that a run that was killed and started again ends as the run
+that was never stopped, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,197 +12,174 @@ import contextlib
 import logging
 import signal
 import threading
-import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
 
-from refalign_jax.config import Config
-from refalign_jax.data.loader import BatchIterator, Source
-from refalign_jax.encoders.interface import VideoCodec
-from refalign_jax.initial import random_params
-from refalign_jax.provenance import about
-from refalign_jax.sharding import check_batch, check_heads, make_mesh, replicated
+from refalign_jax.config import Config, TrainConfig
+from refalign_jax.data import loader
 from refalign_jax.trainer import distributed, preflight
-from refalign_jax.trainer.checkpoint import Checkpoints
-from refalign_jax.trainer.distributed import Watch
+from refalign_jax.trainer.distributed import HangGuard
 from refalign_jax.trainer.held_out import held_out_batches, held_out_losses
-from refalign_jax.trainer.log import Log, Meter, Profiler, write_config
-from refalign_jax.trainer.optimizer import split
-from refalign_jax.trainer.preflight import example_shape, open_loader
-from refalign_jax.trainer.preview import write_preview
+from refalign_jax.trainer.log import Log, Meter, NotFiniteError, Profiler, write_config
+from refalign_jax.trainer.preview import draw_preview, write_preview
+from refalign_jax.trainer.run import Run, open_run
 from refalign_jax.trainer.state import TrainState, begin, save
-from refalign_jax.trainer.step import as_batch, compile_step
-from refalign_jax.types import Array
+from refalign_jax.trainer.step import as_batch, batch_shapes, compile_step
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config) -> None:
+def train(config: Config, source: loader.Source | None = None) -> None:
     """Runs a recipe to its last step, from the newest checkpoint in its folder or from the start.
 
-    SIGTERM and Ctrl-C end it after the step at hand, with a checkpoint from which the next start goes on.
+    SIGTERM and Ctrl-C end it after the current step, with a checkpoint from which the next start continues.
+
+    Args:
+      config: the recipe.
+      source: the examples; None opens those that the recipe names.
 
     Raises:
-      ValueError, OSError: what a user can mend, in one sentence.
+      ValueError, OSError: what the user can correct, in one sentence.
     """
-    _start_jax(config)
-    with Watch(config.train) as watch:
-        _train(config, watch)
+    with distributed.exit_alone():
+        start_jax(config.train)
+        _train(config, source)
 
 
-def _train(config: Config, watch: Watch) -> None:
+def _train(config: Config, source: loader.Source | None) -> None:
     """As `train`, where JAX has its settings and the processes have joined."""
-    mesh = make_mesh(config.mesh)
-    check_batch(config.data.batch_size, config.optimizer.accumulation, mesh)
-    check_heads(config.model.dit, mesh)
-    split(jax.eval_shape(lambda: random_params(config.model, jax.random.key(0))), config.optimizer.freeze)
-    source = preflight.open_source(config)
-    codec = preflight.preview_codec(config, source)
-    empty_text = jax.device_put(preflight.empty_text(config, source), replicated(mesh))
-    loader = open_loader(config.data, source, "train")
-    folder = preflight.check_folder(config.train.folder, "train.folder")
-    made = about()
     with (
-        _stop_requested() as stop,
-        contextlib.closing(loader),
-        Checkpoints(config.train.checkpoint_folder or folder / "checkpoints", config.train.keep) as checkpoints,
+        HangGuard(config.train.stalled_after_seconds) as guard,
+        open_run(config, source) as run,
+        stop_requested() as stop,
     ):
-        state, position = begin(config, mesh, checkpoints)
+        state, position = begin(config, run.mesh, run.checkpoints)
         if position is not None:
-            loader.set_state(position)
-        if int(state.step) >= config.train.steps:
-            logger.info("%s is at step %d already; nothing is left to do.", checkpoints.folder, int(state.step))
+            run.loader.set_state(position)
+        done, first = int(state.step), jax.process_index() == 0
+        guard.step(done)
+        if done >= config.train.steps:
+            logger.info("%s is at step %d already; nothing is left to do.", run.checkpoints.folder, done)
             return
-        first = jax.process_index() == 0
         if first:
-            write_config(folder, config, made)
-        with Log(folder, int(state.step), config.train.steps, made, enabled=first) as log, _memory_in_one_sentence():
-            _loop(state, loader, source, empty_text, codec, config, mesh, checkpoints, log, stop, made, watch)
+            write_config(Path(config.train.folder), config, run.made)
+        meter = Meter(config, preflight.example_shape(config, run.source))
+        with one_sentence(run), Log(config.train, done, run.made, meter, enabled=first) as log:
+            train_steps(state, run, log, stop, guard)
 
 
-def _loop(
-    state: TrainState,
-    loader: BatchIterator,
-    source: Source,
-    empty_text: Array,
-    codec: VideoCodec | None,
-    config: Config,
-    mesh: Mesh,
-    checkpoints: Checkpoints,
-    log: Log,
-    stop: threading.Event,
-    made: Mapping[str, Any],
-    watch: Watch,
-) -> None:
-    """The steps that are left. The host reads a step's metrics while the devices are busy with the next."""
-    run, start = config.train, int(state.step)
-    done = start
-    meter = Meter(config, example_shape(config, source))
-    program, unread = None, None
-    with contextlib.closing(Profiler(Path(run.folder), run.profile_start, run.profile_steps)) as profiler:
-        while done < run.steps:
-            try:
-                with meter.waiting():
-                    rows = next(loader)
-            except (ValueError, OSError):  # the data failed, what was learned is good
-                _report(unread, meter, log, checkpoints, run.max_skipped)
-                if done > start and jax.process_count() == 1:  # several would have to save together
-                    log.sync()
-                    save(state, loader.get_state(), config, made, checkpoints)
-                raise
+def train_steps(state: TrainState, run: Run, log: Log, stop: threading.Event, guard: HangGuard) -> None:
+    """The steps that are left.
+
+    Args:
+      state: before the first of them; donated.
+      run: opened.
+      log: records the steps.
+      stop: set by a signal to end after the current step.
+      guard: ends the process if a step hangs.
+    """
+    config, mesh, source = run.config, run.mesh, run.source
+    if stop.is_set():
+        return  # nothing has been done yet that could be lost
+    shapes = batch_shapes(config, source.spec, mesh)
+    program, description = compile_step(state, shapes, run.empty_text, config, mesh)
+    distributed.meet("compiled", config.train)
+    log.note(description)
+    profiler = Profiler(Path(config.train.folder), config.train.profile_start, config.train.profile_steps)
+    with contextlib.closing(profiler):
+        for done in range(int(state.step) + 1, config.train.steps + 1):
+            rows = next_rows(state, run, log)
             batch = as_batch(rows, mesh)
-            if program is None:
-                if stop.is_set():
-                    return  # before anything was done that could be lost
-                program, told = compile_step(state, batch, empty_text, config, mesh)
-                watch.meet("compiled")
-                log.note(told)
-                meter.restart()
             profiler.step(state.step)
-            state, metrics = program(state, batch, empty_text)
-            _report(unread, meter, log, checkpoints, run.max_skipped)
-            watch.step(done)
-            done += 1
-            unread = done, rows["ids"].tolist(), metrics
+            state, metrics = program(state, batch, run.empty_text)
 
-            stopping = stop.is_set() or checkpoints.should_stop(done)
-            saving = stopping or done == run.steps or done % run.save_every == 0
-            testing, previewing = (n > 0 and done % n == 0 for n in (run.held_out_every, run.preview_every))
-            if not (saving or testing or previewing):
-                continue
-            jax.block_until_ready(metrics)
-            with meter.excluded():
-                tested = held_out_losses(state.params, config, source, mesh) if testing else {}
-                if previewing:
-                    batch = next(held_out_batches(config, source, mesh))[0]
-                    with jax.set_mesh(mesh):
-                        write_preview(state.ema or state.params, batch, empty_text, config, done, made, codec)
-            _report(unread, meter, log, checkpoints, run.max_skipped, tested)
-            unread = None
-            if saving:
-                with meter.excluded():
-                    log.sync()
-                    save(state, loader.get_state(), config, made, checkpoints)
+            stopping = stop.is_set() or run.checkpoints.should_stop(done)
+            due = due_after(done, config.train, stopping)
+            log.step(done, rows["ids"].tolist(), metrics, wait=any(due))
+            guard.step(done)
+            if due.held_out:
+                log.add(held_out_losses(state.params, config, source, mesh))
+            if due.preview:
+                preview(state, run, done)
+            if due.save:
+                checkpoint(state, run, log)
             if stopping:
-                log.say(f"Stopped after step {done}; the next start goes on from there.")
+                log.print(f"Stopped after step {done}; the next start continues from there.")
                 return
 
 
-def _report(
-    unread: tuple[int, list[str], dict[str, Array]] | None,
-    meter: Meter,
-    log: Log,
-    checkpoints: Checkpoints,
-    max_skipped: int,
-    more: Mapping[str, float] = types.MappingProxyType({}),
-) -> None:
-    """Waits for a step's metrics and tells them.
+class Due(NamedTuple):
+    """What is to be done after a step."""
+
+    held_out: bool
+    preview: bool
+    save: bool
+
+
+def due_after(done: int, config: TrainConfig, stopping: bool) -> Due:
+    """What is due after so many steps."""
+
+    def every(steps: int) -> bool:
+        return steps > 0 and done % steps == 0
+
+    save = stopping or done == config.steps or every(config.save_every)
+    return Due(held_out=every(config.held_out_every), preview=every(config.preview_every), save=save)
+
+
+def next_rows(state: TrainState, run: Run, log: Log) -> loader.Batch:
+    """This process's rows of the next batch.
 
     Raises:
-      ValueError: its loss or gradient is not finite, once too often in a row.
+      ValueError, OSError: the data can't be read; the state, which is good, is saved first.
     """
-    if unread is None:
-        return
-    step, ids, metrics = unread
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    log.step(step, {**values, **meter.lap(), **more})
-    if not values["skipped"]:
-        return
-    what = (
-        f"Step {step}: the loss ({values['loss']}) or its gradient (norm {values['grad_norm']}) is not finite; "
-        f"examples {', '.join(ids)}"
-    )
-    if values["skipped"] <= max_skipped:
-        log.say(f"{what}; the batch is skipped.")
-        return
-    good = checkpoints.latest
-    raise ValueError(
-        f"{what}; {int(values['skipped'])} in a row, train.max_skipped={max_skipped}; "
-        + (f"the last good checkpoint is {checkpoints.path(good)}." if good else "there is no checkpoint yet.")
-    )
+    try:
+        with log.waiting():
+            return next(run.loader)
+    except (ValueError, OSError):
+        log.flush()
+        if int(state.step) and jax.process_count() == 1:  # several processes would have to save together
+            checkpoint(state, run, log)
+        raise
 
 
-def _start_jax(config: Config) -> None:
+def preview(state: TrainState, run: Run, done: int) -> None:
+    """Samples from the first held-out examples, by the moving average where there is one, and writes the samples."""
+    batch, _ = next(held_out_batches(run.config, run.source, run.mesh))
+    with jax.set_mesh(run.mesh):
+        drawn = draw_preview(state.ema or state.params, batch, run.empty_text, run.config)
+    if jax.process_index() == 0:
+        path = Path(run.config.train.folder) / "previews" / f"step-{done:08d}"
+        write_preview(path, drawn, run.made, run.codec)
+
+
+def checkpoint(state: TrainState, run: Run, log: Log) -> None:
+    """Begins to write a checkpoint; returns when the state may be donated."""
+    log.flush()
+    save(state, run.loader.get_state(), run.config, run.made, run.checkpoints)
+
+
+def start_jax(config: TrainConfig) -> None:
     """Settings that JAX takes before its first use."""
-    for name in ("absl", "asyncio"):  # Orbax prints tracebacks of what it also raises
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    if config.train.distributed:
-        distributed.join(config.train)
-    if config.train.compilation_cache:
-        preflight.check_folder(config.train.compilation_cache, "train.compilation_cache")
-        jax.config.update("jax_compilation_cache_dir", config.train.compilation_cache)
+    if config.distributed:
+        distributed.join(config)
+    if config.compilation_cache:
+        preflight.check_folder(config.compilation_cache, "train.compilation_cache")
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @contextlib.contextmanager
-def _memory_in_one_sentence() -> Iterator[None]:
-    """Says in a sentence what XLA says in a page."""
+def one_sentence(run: Run) -> Iterator[None]:
+    """Raises in one sentence what went wrong inside, with what to do about it."""
     try:
         yield
+    except NotFiniteError as error:
+        good = run.checkpoints.latest
+        where = f"the last good checkpoint is {run.checkpoints.path(good)}" if good else "there is no checkpoint yet"
+        raise ValueError(f"{error}; {where}.") from error
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -216,7 +190,7 @@ def _memory_in_one_sentence() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
+def stop_requested() -> Iterator[threading.Event]:
     """An event that SIGTERM or Ctrl-C sets; a second one has its usual effect.
 
     With several processes jax.distributed listens for SIGTERM, so that all of them stop after the same step.

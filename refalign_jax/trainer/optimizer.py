@@ -1,11 +1,11 @@
-"""AdamW with decoupled weight decay, its schedule, frozen parameters and the moving average.
+"""AdamW with decoupled weight decay, its learning-rate schedule, frozen parameters and the moving average.
 
     m ← β₁m + (1-β₁)g,  v ← β₂v + (1-β₂)g²          g clipped to a global norm
     θ ← θ - η(k)·(m̂/(√v̂ + ε) + λθ)                  m̂, v̂ corrected for their start at 0
     θ̄ ← d·θ̄ + (1-d)·θ
 
 η depends on the training step k and not on the number of updates, so a skipped batch doesn't shift the schedule.
-Frozen parameters are no part of what is differentiated: they cost neither a gradient nor moments.
+The loss is not differentiated with respect to frozen parameters, so they need neither a gradient nor moments.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ def learning_rate(step: Int[Array, ""], config: OptimizerConfig, num_steps: int)
 
     Warm-up takes the steps [0, w) at η·(step + 1)/w; a cosine runs from step w to `num_steps`.
     """
-    step = jnp.asarray(step, jnp.float32)
-    warm = jnp.minimum(1.0, (step + 1) / max(config.warmup_steps, 1))
-    share = jnp.float32(1)
+    peak, warmup = config.learning_rate, config.warmup_steps
+    schedule = optax.schedules.constant_schedule(peak)
     if config.schedule == "cosine":
-        done = jnp.clip((step - config.warmup_steps) / (num_steps - config.warmup_steps), 0, 1)
-        share = config.final_share + (1 - config.final_share) * 0.5 * (1 + jnp.cos(jnp.pi * done))
-    return config.learning_rate * warm * share
+        schedule = optax.schedules.cosine_decay_schedule(peak, num_steps - warmup, alpha=config.final_share)
+    if warmup:
+        rise = optax.schedules.linear_schedule(peak / warmup, peak, warmup - 1)
+        schedule = optax.schedules.join_schedules([rise, schedule], [warmup])
+    return jnp.asarray(schedule(step), jnp.float32)
 
 
 def transformation(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clip and AdamW up to the factor -η, which `update` applies."""
+    """Clipping and AdamW up to the factor -η, which `update` applies."""
     clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
     return optax.chain(
         *clip,
@@ -72,18 +73,18 @@ def update(
 
 def moving_average(average: Params, params: Params, decay: float) -> Params:
     """d·θ̄ + (1-d)·θ."""
-    return jax.tree.map(lambda a, x: decay * a + (1 - decay) * x, average, params)
+    return optax.incremental_update(params, average, step_size=1 - decay)
 
 
 def split(params: Params, freeze: tuple[str, ...]) -> tuple[Params, Params]:
-    """Parts parameters into the trained and the frozen; `merge` undoes it.
+    """Splits parameters into the trained and the frozen; `merge` is the inverse.
 
     Args:
       params: a nested dict of arrays or shapes.
       freeze: patterns of paths such as `dit/blocks/ffn/in/kernel`; `*` spans slashes.
 
     Raises:
-      ValueError: a pattern that no parameter has, or nothing left to train.
+      ValueError: a pattern matches no parameter, or nothing is left to train.
     """
     flat = flatten(params)
     frozen: dict[str, Any] = {}
@@ -91,8 +92,8 @@ def split(params: Params, freeze: tuple[str, ...]) -> tuple[Params, Params]:
         matched = fnmatch.filter(flat, pattern)
         if not matched:
             raise ValueError(
-                f"optimizer.freeze: no parameter is called {pattern!r}; they are called as {next(iter(flat))!r} and "
-                f"{list(flat)[-1]!r}, and * stands for anything."
+                f"optimizer.freeze: no parameter is called {pattern!r}; names look like {next(iter(flat))!r} and "
+                f"{list(flat)[-1]!r}, and * matches anything."
             )
         frozen |= {path: flat[path] for path in matched}
     if len(frozen) == len(flat):

@@ -23,7 +23,6 @@ from refalign_jax.data.loader import BatchIterator, Source, make_loader
 from refalign_jax.data.shards import ShardSource, read_manifest
 from refalign_jax.data.synthetic import SyntheticSource
 from refalign_jax.encoders.interface import VideoCodec
-from refalign_jax.encoders.open import reopen_video_codec
 from refalign_jax.types import Float
 
 logger = logging.getLogger(__name__)
@@ -199,7 +198,11 @@ def preview_codec(config: Config, source: Source) -> VideoCodec | None:
     if not config.train.preview_every or not isinstance(source, ShardSource):
         return None
     described = source.manifest.made.get("encoders", {}).get("video")
-    return None if described is None else reopen_video_codec(described)
+    if described is None:
+        return None
+    from refalign_jax.encoders.open import reopen_video_codec  # most runs need no encoder
+
+    return reopen_video_codec(described)
 
 
 def check_folder(folder: str, field: str) -> Path:

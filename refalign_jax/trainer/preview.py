@@ -1,7 +1,7 @@
-"""Samples drawn while training: videos, where the dataset's codec is at hand, and pictures of their latents.
+"""Samples drawn while training: videos, where the dataset's codec is available, and pictures of their latents.
 
-A picture has a row an example: three frames of the sample, the same frames of the clip it was held out from, and the
-references, all as principal colours of the latents, which needs no decoder. The latents themselves lie beside it.
+A picture has one row per example: three frames of the sample, the same frames of the clip, and the references, all in
+principal colours of the latents, which need no decoder. The latents themselves are saved beside it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,35 +20,37 @@ from PIL.PngImagePlugin import PngInfo
 
 from refalign_jax.config import Config
 from refalign_jax.data.colours import principal_colours
-from refalign_jax.data.video import to_pixels, write_video
 from refalign_jax.encoders.interface import VideoCodec
 from refalign_jax.objective import Batch
 from refalign_jax.sampling import sample
 from refalign_jax.types import Array, Float, Params
 
 PREVIEW_FPS = 16
-"""Frames a second of preview videos, as Wan2.1 writes its own."""
+"""Frames per second of preview videos, as Wan2.1 writes its own."""
 
 
-def write_preview(
-    params: Params,
-    batch: Batch,
-    empty_text: Float[Array, "S text_width"],
-    config: Config,
-    step: int,
-    made: Mapping,
-    codec: VideoCodec | None = None,
-) -> None:
-    """Samples from a batch's prompts and references, at the same noise every time, and writes the first few.
+class Preview(NamedTuple):
+    """The first few samples of a batch and what they are compared with, as latents on the host.
+
+    Attributes:
+      latents: the samples.
+      video_latents: the clips that the prompts and references belong to.
+      reference_latents: the references.
+    """
+
+    latents: Float[np.ndarray, "N F H W C"]
+    video_latents: Float[np.ndarray, "N F H W C"]
+    reference_latents: Float[np.ndarray, "N R H W C"]
+
+
+def draw_preview(params: Params, batch: Batch, empty_text: Float[Array, "S text_width"], config: Config) -> Preview:
+    """Samples from a batch's prompts and references, at the same noise every time.
 
     Args:
       params: of the model.
       batch: held-out examples.
       empty_text: the negative prompt.
       config: of the run.
-      step: for the files' names, previews/step-00000100.png and .npz.
-      made: what `metrics.about` returned; it goes into both files.
-      codec: decodes the samples to previews/step-00000100-0.mp4 and so on; None, no videos.
     """
     noise = jax.random.normal(jax.random.key(config.train.seed), batch.video_latents.shape, jnp.float32)
     latents = sample(
@@ -58,30 +61,41 @@ def write_preview(
         dit=config.model.dit,
         config=config.sampling,
     )
-    rows = jax.tree.map(
-        lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True))[: config.train.previews].astype(
-            np.float32
-        ),
-        (latents, batch.video_latents, batch.reference_latents),
-    )
-    if jax.process_index():
-        return
-    path = Path(config.train.folder) / "previews" / f"step-{step:08d}.png"
+
+    def first_few(x: Array) -> np.ndarray:
+        everywhere = multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(everywhere)[: config.train.previews].astype(np.float32)
+
+    return Preview(first_few(latents), first_few(batch.video_latents), first_few(batch.reference_latents))
+
+
+def write_preview(path: Path, preview: Preview, made: Mapping[str, Any], codec: VideoCodec | None = None) -> None:
+    """Writes a preview: <path>.png, its latents <path>.npz, and <path>-0.mp4 and so on.
+
+    Args:
+      path: without a suffix; its folder is made if need be.
+      preview: what `draw_preview` returned.
+      made: what `provenance.about` returned; it goes into the PNG and the NPZ.
+      codec: decodes the samples to videos; None writes no videos.
+    """
     path.parent.mkdir(exist_ok=True)
     about = json.dumps(dict(made))
-    np.savez(path.with_suffix(".npz"), latents=rows[0], about=about)
-    frames = np.linspace(0, rows[0].shape[1] - 1, 3).astype(int)
-    pictures = np.stack([_row(np.concatenate([s[frames], v[frames], r])) for s, v, r in zip(*rows, strict=True)])
-    image = Image.fromarray((pictures.reshape(-1, *pictures.shape[2:]) * 255).astype(np.uint8))
+    np.savez(path.with_suffix(".npz"), latents=preview.latents, about=about)
+    frames = np.linspace(0, preview.latents.shape[1] - 1, 3).astype(int)
+    rows = [_row(np.concatenate([s[frames], v[frames], r])) for s, v, r in zip(*preview, strict=True)]
+    image = Image.fromarray((np.concatenate(rows) * 255).astype(np.uint8))
     info = PngInfo()
     info.add_text("about", about)
-    image.save(path, pnginfo=info)
-    if codec is not None:
-        for i, latents in enumerate(rows[0]):
-            write_video(path.with_name(f"{path.stem}-{i}.mp4"), to_pixels(codec.decode(latents[None])[0]), PREVIEW_FPS)
+    image.save(path.with_suffix(".png"), pnginfo=info)
+    if codec is None:
+        return
+    from refalign_jax.data.video import to_pixels, write_video  # FFmpeg, which most runs don't need
+
+    for i, latents in enumerate(preview.latents):
+        write_video(path.with_name(f"{path.name}-{i}.mp4"), to_pixels(codec.decode(latents[None])[0]), PREVIEW_FPS)
 
 
 def _row(frames: Float[np.ndarray, "N H W C"]) -> Float[np.ndarray, "h w rgb"]:
-    """Frames side by side, four pixels a latent."""
+    """Frames side by side, four pixels for each latent."""
     colours = principal_colours(frames).repeat(4, axis=1).repeat(4, axis=2)
     return np.concatenate(list(colours), axis=1)

@@ -16,7 +16,7 @@ from refalign_jax.config import Config
 from refalign_jax.convert.checkpoint import ARRAYS, read_json
 from refalign_jax.convert.load import initial_params
 from refalign_jax.initial import random_params
-from refalign_jax.sharding import bytes_a_device, replicated, state_sharding
+from refalign_jax.sharding import bytes_a_device, place_shapes, replicated
 from refalign_jax.trainer.checkpoint import Checkpoints
 from refalign_jax.trainer.optimizer import init_optimizer
 from refalign_jax.trainer.preflight import check_disk, check_same_run
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 class TrainState(NamedTuple):
-    """All that a step changes, and the key.
+    """All that a step changes, and the random key.
 
     Attributes:
-      step: int32, steps done.
-      skipped: int32, batches skipped in a row until now.
-      key: of all randomness in training; never changes.
+      step: int32, number of steps done.
+      skipped: int32, number of batches skipped in a row up to now.
+      key: from which all randomness of training is derived; it never changes.
       params: {"dit": …, "projectors": …}, float32.
       ema: their moving average; None where none is kept.
       optimizer: AdamW's moments of the trained parameters.
@@ -56,18 +56,14 @@ def init_state(params: Params, key: Key[Array, ""], config: Config) -> TrainStat
 def state_shapes(config: Config, mesh: Mesh) -> TrainState:
     """Shape, dtype and sharding of every array of the state, without making one."""
     shapes = jax.eval_shape(lambda key: init_state(random_params(config.model, key), key, config), jax.random.key(0))
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        state_sharding(shapes, mesh),
-    )
+    return place_shapes(shapes, mesh)
 
 
 def begin(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
     """The state of the newest checkpoint or, where there is none, that of a fresh run.
 
     Returns:
-      The state, born on its devices, and what the data iterator said when it was saved; None in a fresh run.
+      The state, made on its devices, and the saved position of the data iterator; None in a fresh run.
 
     Raises:
       ValueError: the checkpoint is of another run or damaged, or `train.init` does not fit the model.
@@ -75,14 +71,14 @@ def begin(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainSt
     """
     shapes = state_shapes(config, mesh)
     held = bytes_a_device(shapes)
-    logger.info("%s parameters, of the state %.3f GB a device.", f"{count(shapes.params):,}", held / 1e9)
+    logger.info("%s parameters; a device holds %.3f GB of the state.", f"{count(shapes.params):,}", held / 1e9)
     check_disk(str(checkpoints.folder), sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(_arrays(shapes))))
 
     step = checkpoints.latest
     if step is None:
         init_key, key = jax.random.split(jax.random.key(config.train.seed))
-        params, said = initial_params(config.train.init, config.train.init_ema, config.model, shapes.params, init_key)
-        logger.info(said)
+        params, origin = initial_params(config.train.init, config.train.init_ema, config.model, shapes.params, init_key)
+        logger.info(origin)
         place = jax.tree.map(lambda x: x.sharding, shapes)
         return jax.jit(lambda params, key: init_state(params, key, config), out_shardings=place)(params, key), None
 
@@ -93,7 +89,7 @@ def begin(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainSt
     small = jax.jit(lambda *x: (*x[:2], jax.random.wrap_key_data(x[2])), out_shardings=replicated(mesh))(
         np.int32(progress["step"]), np.int32(progress["skipped"]), np.array(progress["key"], np.uint32)
     )
-    logger.info("Going on from step %d, %s.", step, path)
+    logger.info("Continuing from step %d, %s.", step, path)
     return TrainState(*small, **{"ema": None, **arrays}), progress["data"]
 
 
@@ -106,8 +102,8 @@ def save(
       state: to be saved; may be donated when this returns.
       data: state of the data iterator.
       config: of the run.
-      made: what `metrics.about` returned.
-      checkpoints: where to.
+      made: what `provenance.about` returned.
+      checkpoints: of the run.
 
     Raises:
       OSError: it can't be written.

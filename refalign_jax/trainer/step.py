@@ -1,4 +1,9 @@
-"""One training step."""
+"""One training step: conditions dropped and noise drawn, loss and gradient, update; and its compilation.
+
+u, noise, i  ~  fold_in(key, step)
+loss(θ)   = mean over the batch of w(t_i)·MSE + λ·g(t_i)·L_RA           (objective.py)
+θ, m, v   ← AdamW(∇loss)                                                (optimizer.py)
+"""
 
 from __future__ import annotations
 
@@ -11,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from refalign_jax.config import Config, DropoutConfig
+from refalign_jax.config import FIELDS, Config, DropoutConfig
+from refalign_jax.data.examples import Spec
 from refalign_jax.objective import Batch, Terms, objective
-from refalign_jax.sharding import replicated, to_devices
+from refalign_jax.sharding import BATCH, replicated, to_devices
 from refalign_jax.trainer.optimizer import learning_rate, merge, moving_average, split, update
 from refalign_jax.trainer.state import TrainState
 from refalign_jax.trees import count
@@ -27,16 +33,16 @@ logger = logging.getLogger(__name__)
 def drop_conditions(
     batch: Batch, u: Float[Array, " B"], empty_text: Float[Array, "S text_width"], config: DropoutConfig
 ) -> Batch:
-    """Takes text, references or both from some samples.
+    """Drops text, references or both from some samples.
 
     Args:
       batch: the samples.
-      u: uniform in [0, 1): below `text` the text goes, in the next `references` the references, then both.
-      empty_text: embedding of the empty prompt, padding rows zero; what stands in for a dropped text.
+      u: uniform in [0, 1): the lowest share `text` drops the text, the next `references` the references, then `both`.
+      empty_text: embedding of the empty prompt, padding rows zero; it replaces a dropped text.
       config: the shares.
 
     Returns:
-      The batch; dropped references are as many frames of zero latents as there were, and are not aligned.
+      The batch. Dropped references become as many frames of zero latents, and their samples are not aligned.
     """
     first, second, third = np.cumsum([config.text, config.references, config.both])
     no_text = (u < first) | ((u >= second) & (u < third))
@@ -51,7 +57,7 @@ def drop_conditions(
 def draw(
     key: Key[Array, ""], batch: Batch, empty_text: Float[Array, "S text_width"], config: Config
 ) -> tuple[Batch, Float[Array, "B F H W C"], Int[Array, " B"]]:
-    """Draws what is random in one step: dropped conditions, noise, and each sample's place in the training schedule."""
+    """Draws what is random in one step: dropped conditions, noise, and each sample's index in the training schedule."""
     noise_key, index_key, dropout_key = jax.random.split(key, 3)
     samples = batch.video_latents.shape[0]
     noise = jax.random.normal(noise_key, batch.video_latents.shape, jnp.float32)
@@ -69,13 +75,13 @@ def train_step(
       state: before the step.
       batch: what to train on.
       noise: standard normal.
-      index: place of each sample in the training schedule.
+      index: of each sample in the training schedule.
       config: of the run.
 
     Returns:
       The state after the step, and scalars: the batch means of the loss's terms (those of the alignment over aligned
-      samples alone), gradient norm before the clip, learning rate, and `skipped`. Where loss or gradient is not
-      finite, parameters, average and moments stay as they were, and `skipped` counts up.
+      samples alone), gradient norm before clipping, learning rate, and `skipped`. If the loss or the gradient is not
+      finite, parameters, moving average and moments stay as they were, and `skipped` counts up.
     """
     trained, frozen = split(state.params, config.optimizer.freeze)
 
@@ -104,12 +110,12 @@ def train_step(
 def mean_gradient(
     loss: Callable[..., tuple[Array, Terms]], trained: Params, inputs: tuple[Any, ...], parts: int
 ) -> tuple[Terms, Params]:
-    """Terms of every sample and the gradient of the mean loss, computed in `parts` parts one after the other."""
+    """Terms of every sample, and the gradient of the mean loss, accumulated over `parts` parts of the batch."""
     gradient = jax.grad(loss, has_aux=True)
     if parts == 1:
         gradients, terms = gradient(trained, *inputs)
         return terms, gradients
-    # A part takes every parts-th sample: so every device finds its share of each part among the rows it holds.
+    # A part takes every parts-th sample, so that every device finds its share of each part among the rows it holds.
     split_up = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), inputs)
 
     def add(total: Params, part: Any) -> tuple[Params, Terms]:
@@ -131,13 +137,53 @@ def mean_terms(terms: Terms, batch: Batch) -> dict[str, Array]:
 
 
 def as_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
-    """The global batch on the devices, of each process's rows out of the loader; every sample is aligned."""
+    """The global batch on the devices, from the rows that each process's loader gave; every sample is aligned."""
     arrays = {**rows, "aligned": np.ones(len(rows["num_references"]), bool)}
     return Batch(**to_devices({name: arrays[name] for name in Batch._fields}, mesh))
 
 
+def batch_shapes(config: Config, spec: Spec, mesh: Mesh) -> Batch:
+    """Shape, dtype and sharding of every array of a batch, as `as_batch` makes it of the loader's rows.
+
+    Args:
+      config: of the run.
+      spec: of the dataset.
+      mesh: the devices.
+    """
+    data = config.data
+    R, (F, H, W, C) = data.max_references, spec.video_latents
+    shapes = {
+        "video_latents": (F, H, W, C),
+        "text": (data.text_length, spec.text_width),
+        "reference_latents": (R, H, W, C),
+        "num_references": (),
+        "subject_ids": (R,),
+        "vfm_features": (R, spec.vfm_tokens, spec.vfm_width),
+        "aligned": (),
+    }
+    dtypes = {"num_references": "int32", "subject_ids": "int32", "aligned": "bool"}
+    for name in FIELDS:
+        stored = getattr(spec.storage, name)
+        dtypes[name] = "float32" if data.dtype == "float32" or stored == "int8" else stored
+    sharding = NamedSharding(mesh, BATCH)
+
+    def of(name: str) -> Any:
+        shape = (data.batch_size, *shapes[name])
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtypes[name]), sharding=sharding)
+
+    return Batch(**{name: of(name) for name in Batch._fields})
+
+
 def lower_step(state: TrainState, batch: Batch, empty_text: Any, config: Config, mesh: Mesh) -> jax.stages.Lowered:
-    """The loop's one program, draw and step with the state donated, of arrays or of shapes with shardings."""
+    """Lowers the loop's one program: draw and step, with the state donated.
+
+    Args:
+      state: arrays, or shapes with shardings, as `state_shapes` gives them.
+      batch: arrays, or shapes with shardings, as `batch_shapes` gives them.
+      empty_text: embedding of the empty prompt, [S, text_width].
+      config: of the run.
+      mesh: the devices.
+    """
 
     def program(state: TrainState, batch: Batch, empty_text: Array) -> tuple[TrainState, dict[str, Array]]:
         step_key = jax.random.fold_in(state.key, state.step)
@@ -151,10 +197,10 @@ def lower_step(state: TrainState, batch: Batch, empty_text: Any, config: Config,
 def compile_step(
     state: TrainState, batch: Batch, empty_text: Array, config: Config, mesh: Mesh
 ) -> tuple[Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Array]]], dict[str, float]]:
-    """Compiles the loop's one program.
+    """Compiles the loop's one program; arguments as in `lower_step`.
 
     Returns:
-      The program; seconds it took to compile, parameters, and bytes a device needs beside the state and the batch.
+      The program; seconds of compilation, number of parameters, and bytes per device beside the state and the batch.
     """
     began = time.perf_counter()
     compiled = lower_step(state, batch, empty_text, config, mesh).compile()

@@ -72,12 +72,12 @@ def write_run(config: Config, trained: dict) -> Path:
     folder.mkdir(parents=True)
     write_config(folder, config, made)
     rng = np.random.default_rng(config.train.seed)
-    with Log(folder, 0, 40, made) as log:
+    with Log(config.train, 0, made) as log:
         log.note({"compile_seconds": 1.0, "parameters": 1234, "temporary_bytes": 5})
         for step in range(1, 41):
             aligned = rng.uniform(0.4, 0.6, 2) * bool(config.model.alignment.weight)
             line = {"loss": 30 / step, "flow": 2.0, "pull": aligned[0], "push": aligned[1], "seconds": 0.5}
-            log.step(step, line | ({"held_out_loss": 25 / step} if step % 10 == 0 else {}))
+            log.step(step, [], line | ({"held_out_loss": 25 / step} if step % 10 == 0 else {}))
     params = trained if config.model.alignment.weight else {"dit": trained["dit"]}
     with Checkpoints(folder / "checkpoints", 1) as checkpoints:
         state = init_state(params, jax.random.key(0), config)._replace(step=jax.numpy.int32(40))

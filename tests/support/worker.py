@@ -3,15 +3,15 @@
 import argparse
 import dataclasses
 import logging
-import time
 from pathlib import Path
 
 from refalign_jax.config import Config
 from refalign_jax.sharding import make_mesh
-from refalign_jax.trainer import loop as training
 from refalign_jax.trainer.checkpoint import Checkpoints
+from refalign_jax.trainer.loop import train
 from refalign_jax.trainer.state import begin, save
 from support.runs import recipe
+from support.sources import Slow
 
 
 def many(folder: Path) -> Config:
@@ -31,20 +31,13 @@ def main() -> None:
     """Trains; then, if asked, restores another run's checkpoint and saves it again."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds before every step")
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds that every example takes to read")
     parser.add_argument("--copy", type=Path, nargs=2, default=None, help="folders of checkpoints, from and to")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
-    as_batch = training.as_batch
-
-    def slowly(*inputs):
-        time.sleep(arguments.pause)
-        return as_batch(*inputs)
-
-    training.as_batch = slowly
     config = many(arguments.folder)
     joined = dataclasses.replace(config.train, distributed=True)
-    training.train(dataclasses.replace(config, train=joined))
+    train(dataclasses.replace(config, train=joined), Slow(config, arguments.pause))
     if arguments.copy:
         copy(config, *arguments.copy)
 

@@ -249,7 +249,7 @@ def broken_run(place: Path, how: str) -> tuple[list[str], str]:
         return ["--data.shuffle-seed", "5"], "saved with shuffle_seed 0, now it is 5"
     if how == "no moments":
         shutil.rmtree(step / "optimizer")
-        return [], "remove that folder to go on from the beginning"
+        return [], "remove that folder to continue from the beginning"
     if how == "no configuration":
         shutil.rmtree(step / "config")
         return [], "the checkpoint is not whole"

@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_is_one_sentence_that_names_the_one_before(run, tmp
     victim = tmp_path / "checkpoints/6" / missing
     shutil.rmtree(victim) if victim.is_dir() else victim.unlink()
     with Checkpoints(tmp_path / "checkpoints", 2) as checkpoints:
-        with pytest.raises(ValueError, match=r"checkpoints/6 can't be restored .*go on from step 3\.") as error:
+        with pytest.raises(ValueError, match=r"checkpoints/6 can't be restored .*continue from step 3\.") as error:
             begin(config, make_mesh(config.mesh), checkpoints)
         assert "\n" not in str(error.value)
 

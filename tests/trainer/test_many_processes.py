@@ -46,7 +46,7 @@ def two(one, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("two")
     copied = ["--copy", str(one / "checkpoints"), str(folder / "copy/checkpoints")]
-    pair = Pair(folder, str(WORKER), str(folder), "--pause", "0.5", *copied)
+    pair = Pair(folder, str(WORKER), str(folder), "--pause", "0.25", *copied)
     metrics, until = folder / "metrics.jsonl", time.monotonic() + 500
     while not (metrics.exists() and read_metrics(metrics)) and time.monotonic() < until:
         time.sleep(0.05)

@@ -1,11 +1,10 @@
 """The training step against golden values, its random parts, and runs that are stopped and go on."""
 
-import itertools
+import contextlib
+import dataclasses
 import json
 import os
 import signal
-from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from support import tiny
 from support.runs import FAST_COMPILE, MODEL, recipe
+from support.sources import Disturbed
 
 from refalign_jax.config import (
     AlignmentConfig,
@@ -30,18 +30,17 @@ from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.table import to_ours, to_published
 from refalign_jax.data.examples import Example
-from refalign_jax.data.loader import BatchIterator, make_loader
+from refalign_jax.data.loader import make_loader
 from refalign_jax.data.shard_writer import ShardWriter
-from refalign_jax.data.shards import ShardSource
+from refalign_jax.data.shards import CorruptRecordError, ShardSource
 from refalign_jax.initial import model_shapes
 from refalign_jax.objective import objective
 from refalign_jax.sharding import make_mesh, replicated
-from refalign_jax.trainer import loop as training
 from refalign_jax.trainer.log import read_metrics
 from refalign_jax.trainer.loop import train
 from refalign_jax.trainer.preflight import open_source
 from refalign_jax.trainer.state import init_state
-from refalign_jax.trainer.step import as_batch, draw, drop_conditions, mean_gradient, train_step
+from refalign_jax.trainer.step import as_batch, batch_shapes, draw, drop_conditions, mean_gradient, train_step
 from tools.soak import differences
 
 EMA = 0.75
@@ -204,21 +203,6 @@ def test_draws_have_their_distributions_and_depend_on_the_key_alone():
     assert not np.array_equal(index, other[2])
 
 
-def interrupt(monkeypatch, steps: dict[int, Callable[[], None]]) -> None:
-    """Does something when the run that follows has read its n-th batch."""
-    count = itertools.count(1)
-
-    def reading(rows, mesh):
-        steps.get(next(count), lambda: None)()
-        return as_batch(rows, mesh)
-
-    monkeypatch.setattr(training, "as_batch", reading)
-
-
-def crash() -> None:
-    raise RuntimeError("as if the machine had died")
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of 12 steps that nothing disturbed."""
@@ -227,24 +211,31 @@ def finished(tmp_path_factory):
     return folder
 
 
-def test_a_run_stopped_and_killed_equals_the_run_never_stopped(finished, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt(patch, {3: lambda: os.kill(os.getpid(), signal.SIGTERM)})
-        train(recipe(tmp_path))  # returns, and so the command exits 0
-    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
-    assert find_checkpoint(tmp_path)[0].name == "3"
-    with monkeypatch.context() as patch:
-        interrupt(patch, {5: crash})  # steps 4 to 7 are told, 5 is saved
-        with pytest.raises(RuntimeError, match="died"):
-            train(recipe(tmp_path))
+def test_a_run_stopped_and_killed_equals_the_run_never_stopped(finished, tmp_path):
+    config, signals = recipe(tmp_path), iter([signal.SIGTERM])
+
+    def terminate(arrays):
+        for number in signals:  # once
+            os.kill(os.getpid(), number)
+        return arrays
+
+    train(config, Disturbed(config, 17, terminate))  # returns, and so the command exits 0
+    stopped = int(find_checkpoint(tmp_path)[0].name)
+    assert 1 <= stopped <= 3
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [*range(1, stopped + 1)]
+
+    def crash(arrays):
+        raise RuntimeError("as if the machine had died")
+
+    with pytest.raises(RuntimeError, match="died"):
+        train(config, Disturbed(config, 8 * (7 - stopped) + 1, crash))  # while the eighth batch is read
+    assert find_checkpoint(tmp_path)[0].name == "5"
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')  # cut short
-    assert find_checkpoint(tmp_path)[0].name == "5"
-    train(recipe(tmp_path))
+    train(config)
     assert differences(tmp_path, finished) == []
 
     states = [read_json(find_checkpoint(folder)[0], "progress")["data"] for folder in (tmp_path, finished)]
-    config = recipe(tmp_path)
     loaders = [make_loader(config.data, open_source(config)) for _ in states]
     for loader, state in zip(loaders, states, strict=True):
         loader.set_state(state)
@@ -277,36 +268,45 @@ def test_a_finished_run_has_nothing_left_to_do(finished):
     assert (finished / "metrics.jsonl").read_text() == before
 
 
-def test_what_fails_while_reading_data_loses_no_step(tmp_path, monkeypatch):
-    read, count = BatchIterator.__next__, itertools.count(1)
+def one_thread(config: Config) -> Config:
+    """The recipe with batches that are read one after the other."""
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, num_threads=1))
 
-    def broken(self):
-        if next(count) == 4:
-            raise ValueError("too many corrupt records")
-        return read(self)
 
-    monkeypatch.setattr(BatchIterator, "__next__", broken)
-    with pytest.raises(ValueError, match="corrupt"):
-        train(recipe(tmp_path))
+def test_what_fails_while_reading_data_loses_no_step(tmp_path):
+    def corrupt(arrays):
+        raise CorruptRecordError("record 25 can't be read")
+
+    config = one_thread(recipe(tmp_path))
+    with pytest.raises(ValueError, match=r"More than 0 corrupt records .*record 25 can't be read"):
+        train(config, Disturbed(config, 25, corrupt))
     assert find_checkpoint(tmp_path)[0].name == "3"
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_examples(tmp_path, monkeypatch):
-    def poisoned(rows, mesh):
-        batch = as_batch(rows, mesh)
-        if read_steps(tmp_path) >= 6:
-            batch = batch._replace(text=batch.text * jnp.nan)
-        return batch
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_examples(tmp_path):
+    def poison(arrays):
+        return arrays | {"text": np.full_like(arrays["text"], np.nan)}
 
-    monkeypatch.setattr(training, "as_batch", poisoned)
+    config = one_thread(recipe(tmp_path))
     with pytest.raises(ValueError, match=r"Step 7:.* not finite; examples synthetic-.*; 1 in a row.*checkpoints/5"):
-        train(recipe(tmp_path))
+        train(config, Disturbed(config, 49, poison))
     assert find_checkpoint(tmp_path)[0].name == "5"
+    config = one_thread(recipe(tmp_path, max_skipped=2))
     with pytest.raises(ValueError, match=r"3 in a row, train.max_skipped=2"):
-        train(recipe(tmp_path, max_skipped=2))
+        train(config, Disturbed(config, 9, poison))
     records = read_metrics(tmp_path / "metrics.jsonl")
-    assert [r["loss"] is None for r in records][-3:] == [True] * 3
+    assert [r["step"] for r in records] == [*range(1, 10)]
+    assert [r["loss"] is None for r in records] == [False] * 6 + [True] * 3
 
 
-def read_steps(folder: Path) -> int:
-    return len(read_metrics(folder / "metrics.jsonl")) if (folder / "metrics.jsonl").exists() else 0
+def test_batches_have_the_shapes_that_the_step_is_compiled_for(tmp_path):
+    config, mesh = recipe(tmp_path), make_mesh(recipe(tmp_path).mesh)
+    for dtype in ("stored", "float32"):
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, dtype=dtype))
+        source = open_source(config)
+        with contextlib.closing(make_loader(config.data, source)) as loader:
+            batch = as_batch(next(loader), mesh)
+        for name, shape in batch_shapes(config, source.spec, mesh)._asdict().items():
+            array = getattr(batch, name)
+            assert (array.shape, array.dtype, array.sharding) == (shape.shape, shape.dtype, shape.sharding), name
