@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -47,6 +48,12 @@ def run(command: Main) -> None:
     A `ValueError` or `OSError` is the user's to mend: its sentence goes to stderr, and the exit code is 2.
     """
     _exit(lambda: command(sys.argv[1:], sys.argv[0]))
+
+
+def log_progress() -> None:
+    """Logs the progress of this package, and the warnings of all others, with their time."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", force=True)
+    logging.getLogger("refalign_jax").setLevel(logging.INFO)
 
 
 def command_names() -> list[str]:

@@ -6,14 +6,13 @@
 Stopped at any moment and started again, it continues.
 """
 
-import logging
 import sys
 from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, arg
 
-from refalign_jax.command import run
+from refalign_jax.command import log_progress, run
 from refalign_jax.config import DemoConfig, read_recipe
 
 
@@ -32,7 +31,7 @@ def demo(
       config: the size.
     """
     read = read_recipe(recipe)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    log_progress()
     from refalign_jax.demo import stages
 
     try:

@@ -10,12 +10,11 @@ folder continues from the newest.
 """
 
 import dataclasses
-import logging
 from typing import Annotated
 
 from tyro.conf import arg
 
-from refalign_jax.command import parse_recipe, run
+from refalign_jax.command import log_progress, parse_recipe, run
 from refalign_jax.config import Config
 
 
@@ -32,7 +31,7 @@ class Arguments:
 def main(arguments: list[str], prog: str) -> None:
     """Parses, then trains."""
     given = parse_recipe(Arguments, arguments, prog, __doc__)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    log_progress()
     from refalign_jax.trainer import loop, preflight
 
     config = preflight.fit_to_dataset(given.config) if given.from_dataset else given.config

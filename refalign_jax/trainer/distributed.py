@@ -79,7 +79,7 @@ def join(config: TrainConfig) -> None:
     index, count = jax.process_index(), jax.process_count()
     logger.info("Process %d of %d, with %d of %d devices.", index, count, jax.local_device_count(), jax.device_count())
     if index:
-        logging.getLogger().setLevel(logging.WARNING)
+        logging.getLogger("refalign_jax").setLevel(logging.WARNING)
         for handler in logging.getLogger().handlers:
             handler.setFormatter(logging.Formatter(f"%(asctime)s process {index}: %(message)s"))
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 
 from refalign_jax.config import Config, TrainConfig
-from refalign_jax.data import loader
+from refalign_jax.data.loader import Rows, Source
 from refalign_jax.trainer import distributed, preflight
 from refalign_jax.trainer.distributed import HangGuard
 from refalign_jax.trainer.held_out import held_out_batches, held_out_losses
@@ -32,7 +32,7 @@ from refalign_jax.trainer.step import as_batch, batch_shapes, compile_step
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config, source: loader.Source | None = None) -> None:
+def train(config: Config, source: Source | None = None) -> None:
     """Runs a recipe to its last step, from the newest checkpoint in its folder or from the start.
 
     SIGTERM and Ctrl-C end it after the current step, with a checkpoint from which the next start continues.
@@ -49,7 +49,7 @@ def train(config: Config, source: loader.Source | None = None) -> None:
         _train(config, source)
 
 
-def _train(config: Config, source: loader.Source | None) -> None:
+def _train(config: Config, source: Source | None) -> None:
     """As `train`, where JAX has its settings and the processes have joined."""
     with (
         HangGuard(config.train.stalled_after_seconds) as guard,
@@ -129,7 +129,7 @@ def due_after(done: int, config: TrainConfig, stopping: bool) -> Due:
     return Due(held_out=every(config.held_out_every), preview=every(config.preview_every), save=save)
 
 
-def next_rows(state: TrainState, run: Run, log: Log) -> loader.Batch:
+def next_rows(state: TrainState, run: Run, log: Log) -> Rows:
     """This process's rows of the next batch.
 
     Raises:

@@ -72,7 +72,7 @@ def begin(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainSt
     shapes = state_shapes(config, mesh)
     held = bytes_a_device(shapes)
     logger.info("%s parameters; a device holds %.3f GB of the state.", f"{count(shapes.params):,}", held / 1e9)
-    check_disk(str(checkpoints.folder), sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(_arrays(shapes))))
+    check_room(shapes, checkpoints)
 
     step = checkpoints.latest
     if step is None:
@@ -106,11 +106,12 @@ def save(
       checkpoints: of the run.
 
     Raises:
-      OSError: it can't be written.
+      OSError: it can't be written, or the disk has no room for it.
     """
     step = int(state.step)
     if checkpoints.latest == step:
         return
+    check_room(state, checkpoints)
     progress = {
         "step": step,
         "skipped": int(state.skipped),
@@ -119,6 +120,16 @@ def save(
         "about": dict(made),
     }
     checkpoints.save(step, _arrays(state), progress, dataclasses.asdict(config))
+
+
+def check_room(state: TrainState, checkpoints: Checkpoints) -> None:
+    """Refuses a local disk that has no room for one more checkpoint of the state, arrays or shapes.
+
+    Raises:
+      OSError: too little room.
+    """
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(_arrays(state)))
+    check_disk(str(checkpoints.folder), size)
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 import argparse
 import dataclasses
-import logging
 from pathlib import Path
 
+from refalign_jax.command import log_progress
 from refalign_jax.config import Config
 from refalign_jax.sharding import make_mesh
 from refalign_jax.trainer.checkpoint import Checkpoints
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.0, help="seconds that every example takes to read")
     parser.add_argument("--copy", type=Path, nargs=2, default=None, help="folders of checkpoints, from and to")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    log_progress()
     config = many(arguments.folder)
     joined = dataclasses.replace(config.train, distributed=True)
     train(dataclasses.replace(config, train=joined), Slow(config, arguments.pause))
