@@ -68,8 +68,11 @@ def one_step(references: int, shape: tuple[int, ...]):
     return jax.device_get((metrics, moments.mu, after.params)), compiled.as_text()
 
 
-@pytest.mark.parametrize("references", [3, 1])
-@pytest.mark.parametrize("shape", MESHES)
+@pytest.mark.parametrize(
+    ("shape", "references"),
+    # another number of tokens matters where tokens are split
+    [*((shape, 3) for shape in MESHES), *((shape, 1) for shape in MESHES if shape[2] > 1)],
+)
 def test_every_mesh_computes_the_same(shape, references):
     expected, _ = one_step(references, (1, 1, 1, 1))
     for ours, theirs in zip(one_step(references, shape)[0], expected, strict=True):

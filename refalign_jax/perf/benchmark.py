@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from refalign_jax import flops
 from refalign_jax.config import Config, Mode, Plan
-from refalign_jax.data.loader import make_loader
+from refalign_jax.data.loader import BatchIterator
 from refalign_jax.devices import peak_flops
 from refalign_jax.initial import random_params
 from refalign_jax.models.condition import Condition
@@ -33,7 +33,7 @@ from refalign_jax.perf.progress import progress
 from refalign_jax.sampling import sample
 from refalign_jax.sharding import BATCH, check_batch, check_heads, make_mesh, replicated
 from refalign_jax.trainer import preflight
-from refalign_jax.trainer.preflight import example_shape
+from refalign_jax.trainer.preflight import example_shape, open_loader
 from refalign_jax.trainer.state import init_state, state_shapes
 from refalign_jax.trainer.step import as_batch, compile_step
 
@@ -75,11 +75,8 @@ def _train_runner(config: Config, mesh: Mesh) -> Runner:
     source = preflight.open_source(config)
     empty_text = jax.device_put(preflight.empty_text(config, source), replicated(mesh))
 
-    def loader() -> Any:
-        index, count = jax.process_index(), jax.process_count()
-        return contextlib.closing(
-            make_loader(config.data, source, split="train", process_index=index, process_count=count)
-        )
+    def loader() -> contextlib.closing[BatchIterator]:
+        return contextlib.closing(open_loader(config.data, source, "train"))
 
     with loader() as rows:
         batch = as_batch(next(rows), mesh)
