@@ -1,6 +1,6 @@
 """Verifies the transformer, the alignment loss, flow matching, optimisation and sampling against a folder of values.
 
-The folder's form is described in the README, "Cross-framework verification". Whatever of it is there is compared;
+The folder's form is described in docs/verify.md. Whatever of it is there is compared;
 arrays are in PyTorch layout, channels second.
 """
 
@@ -345,4 +345,4 @@ def _model_config(folder: Path, config: Mapping[str, Any], compute_dtype: DType)
             flow=FlowConfig(shift=config.get("shift", 5.0)),
         )
     except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} lacks {error}; the README lists what it holds.") from error
+        raise ValueError(f"{folder / 'config.json'} lacks {error}; docs/verify.md lists what it holds.") from error
