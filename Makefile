@@ -1,4 +1,4 @@
-# Every target makes .venv and installs what it needs; Python 3.11 or newer: `make test PYTHON=python3.12`.
+# Every target makes .venv and installs what it needs, once; Python 3.11 or newer: `make test PYTHON=python3.12`.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -6,9 +6,15 @@ export JAX_PLATFORMS ?= cpu
 
 .PHONY: install test lint format parity ahead demo demo-compare clean
 
+# The package and its command `refalign`, with what tests, lint and documentation need.
 install: $(VENV)/.installed
+	@echo 'Installed in $(VENV). Activate it, and all commands work as the README has them:'
+	@echo '    . $(VENV)/bin/activate'
+	@echo '    refalign --help            the commands; python tools/NAME.py runs the same'
+	@echo 'For an accelerator, then also: pip install -e ".[tpu]" or pip install -e ".[cuda]"'
 
-$(VENV)/.installed: setup.py
+$(VENV)/.installed: setup.py pyproject.toml
+	@echo 'Installing the package and what it needs into $(VENV); this takes some minutes.'
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
@@ -35,8 +41,8 @@ parity: $(VENV)/.parity
 ahead: $(VENV)/.ahead
 	$(BIN)/pytest tests/perf/test_ahead.py
 
-# A small model learns photographs on the CPU and is asked for them; ends by naming its report. Stopped, it goes on.
-# Memory in huge pages: without them a third of a step goes into page faults.
+# A small model learns photographs on the CPU and is sampled; ends by printing the path of its report. Stopped and
+# started again, it continues. Memory in huge pages: without them a third of a step goes into page faults.
 DEMO = GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/demo.py
 
 demo: $(VENV)/.installed

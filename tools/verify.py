@@ -26,8 +26,6 @@ def verify(
       out: file (.npz) for our values under the same names.
       profile: float32, or 16bit for values made in bfloat16; ours are then computed in bfloat16 too.
     """
-    if not folder.is_dir():
-        raise ValueError(f"The folder {folder} does not exist.")
     from rich.console import Console
 
     from refalign_jax.verify.folder import verify

@@ -163,7 +163,7 @@ def fit_to_dataset(config: Config) -> Config:
     )
     before, after = (flat_fields(dataclasses.asdict(x)) for x in (config, fitted))
     for name in before:
-        if before[name] != after[name]:
+        if before[name] != after[name] and not name.startswith("synthetic."):
             logger.info("%s is %s, as in %s; the recipe says %s.", name, after[name], data.path, before[name])
     return fitted
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tqdm import tqdm
 
 from refalign_jax import alignment, flow
 from refalign_jax.config import AlignmentConfig, DiTConfig, DType, FlowConfig, ModelConfig, SamplingConfig
@@ -78,20 +79,24 @@ class DiTCheck:
             (r"step(\d+)_(timestep|noisy|target|scalars|ref_features|blocks)", self._nothing),
             (r"velocity_t[\d.]+_refs\d+_blocks|ra\d+_grad|sample_(sigmas|timesteps)", self._nothing),
         ]
-        for name in self.values:
-            if _INPUTS.fullmatch(name):
-                continue
-            for pattern, check in known:
-                match = re.fullmatch(pattern, name)
-                if match:
+        gradients = sorted(self.folder.glob("grads_step*.safetensors"))
+        updates = sorted(self.folder.glob("weights_after_*_adamw.safetensors"))
+        names = [name for name in self.values if not _INPUTS.fullmatch(name)]
+        with tqdm(desc="verify", total=len(names) + len(gradients) + len(updates), unit="value") as bar:
+            for name in names:
+                matches = ((re.fullmatch(pattern, name), check) for pattern, check in known)
+                match, check = next(((match, check) for match, check in matches if match), (None, self._nothing))
+                if match is None:
+                    self.report.remarks.append(f"values.npz holds {name!r}, which is none of the names verified.")
+                else:
                     check(*match.groups())
-                    break
-            else:
-                self.report.remarks.append(f"values.npz holds {name!r}, which is none of the names verified.")
-        for path in sorted(self.folder.glob("grads_step*.safetensors")):
-            self._gradients(path)
-        for path in sorted(self.folder.glob("weights_after_*_adamw.safetensors")):
-            self._adamw(path)
+                bar.update()
+            for path in gradients:
+                self._gradients(path)
+                bar.update()
+            for path in updates:
+                self._adamw(path)
+                bar.update()
         compared = {row.name.split("[")[0] for row in self.report.rows}
         for name in self.values:
             if name not in compared and not _INPUTS.fullmatch(name) and not any(name in r for r in self.report.remarks):

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from refalign_jax.config import DType
 from refalign_jax.convert.files import open_weights
@@ -48,9 +49,10 @@ class EncodersCheck:
 
     def run(self) -> None:
         """Compares all that is there and remarks on names that are not known or belong to nothing."""
-        for name, check in (("vae", self._vae), ("umt5", self._umt5), ("dinov3", self._dinov3)):
-            if (self.folder / f"{name}.safetensors").is_file():
-                check()
+        checks = {"vae": self._vae, "umt5": self._umt5, "dinov3": self._dinov3}
+        there = [name for name in checks if (self.folder / f"{name}.safetensors").is_file()]
+        for name in tqdm(there, desc="verify", unit="encoder"):
+            checks[name]()
         compared = {row.name for row in self.report.rows}
         for name in self.values:
             if name in _KNOWN and name not in compared:

@@ -21,6 +21,8 @@ def verify(folder: Path, profile: Profile = "float32") -> Report:
     Raises:
       ValueError: the folder lacks a file, or a file is not what its name says.
     """
+    if not folder.is_dir():
+        raise ValueError(f"The folder {folder} does not exist.")
     for name in ("config.json", "values.npz"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no folder of values: it lacks {name}.")

@@ -14,6 +14,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from refalign_jax.atomic import atomic_write
+
 Kind = Literal["forward", "scalar", "gradient", "update", "sample", "decode"]
 Profile = Literal["float32", "16bit"]
 
@@ -107,9 +109,5 @@ class Report:
         """
         if path.suffix != ".npz":
             raise ValueError(f"{path}: our values are written as .npz; give such a name.")
-        partial = path.with_name(f".{path.name}.partial.npz")
-        try:
-            np.savez(partial, **self.values)  # type: ignore[arg-type]
-            partial.rename(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **self.values)  # type: ignore[arg-type]
