@@ -1,11 +1,11 @@
-"""Floating-point operations of a training or sampling step, counted from the model's sizes.
+"""Floating-point operations of a training step and of sampling, counted from the model's sizes.
 
-A matmul of [m, k] and [k, n] counts 2·m·k·n; element-wise work counts nothing. A training step counts three times
-the forward pass: the backward pass computes two products, of the gradient with the input and with the weight, for each
-of the forward's. What is computed a second time is not counted, so that MFU compares runs of different memory policies;
-`repeated_flops` counts it apart.
+A product of [m, k] and [k, n] counts 2·m·k·n, and element-wise operations are not counted. A training step counts as
+three forward passes: for each product of the forward pass, the backward pass computes two, of the gradient with the
+input and with the weight. Recomputation is not counted, so that MFU compares runs with different remat policies;
+`repeated_flops` counts it separately.
 
-    MFU = operations of a step / (seconds a step · devices · peak of a device)
+    MFU = operations per step / (seconds per step · devices · peak per device)
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What one sample is made of, padding included, since padding is computed too.
+    """Sizes of one sample, padding included, since padding is computed too.
 
     Attributes:
-      grid: latent frames, rows, columns of the video.
+      grid: latent frames, rows and columns of the video.
       references: R.
       text_length: S.
     """
@@ -38,7 +38,7 @@ def tokens(dit: DiTConfig, shape: Shape) -> tuple[int, int]:
 
 
 def forward_flops(dit: DiTConfig, shape: Shape) -> int:
-    """Of one pass of the transformer over one sample."""
+    """Operations of one forward pass of the transformer on one sample."""
     L, RP = tokens(dit, shape)
     T, S, D = L + RP, shape.text_length, dit.width
     embed = T * dit.patch_values * D + S * (dit.text_width + D) * D + (dit.frequency_width + 7 * D) * D
@@ -50,7 +50,7 @@ def forward_flops(dit: DiTConfig, shape: Shape) -> int:
 
 
 def alignment_flops(dit: DiTConfig, alignment: AlignmentConfig, shape: Shape) -> tuple[int, int]:
-    """Of one sample's forward pass: of the projectors, and of the cosines between student and teacher."""
+    """Operations of the alignment loss's forward pass on one sample: (projectors, cosines of student and teacher)."""
     _, RP = tokens(dit, shape)
     D, E, R = dit.width, alignment.vfm_width, shape.references
     per_token = 9 * D * E if alignment.projector == "conv" else D * (D // 2) + (D // 2) * E
@@ -60,32 +60,37 @@ def alignment_flops(dit: DiTConfig, alignment: AlignmentConfig, shape: Shape) ->
 
 
 def train_flops(model: ModelConfig, shape: Shape) -> int:
-    """Of one training step on one sample."""
+    """Operations of one training step on one sample."""
     total = 3 * forward_flops(model.dit, shape)
     if model.alignment.weight > 0:
         projectors, cosines = alignment_flops(model.dit, model.alignment, shape)
-        total += 3 * projectors + 2 * cosines  # the teacher has no gradient
+        total += 3 * projectors + 2 * cosines  # no gradient with respect to the teacher
     return total
 
 
 def repeated_flops(model: ModelConfig, shape: Shape, kernel: Literal["splash", "cudnn", "xla"]) -> int:
-    """What a training step on one sample computes a second time, beyond `train_flops`.
+    """Operations that a training step on one sample recomputes, beyond `train_flops`.
 
-    The backward pass begins with the forward pass of each block, as far as the remat policy has not kept it (all of it
-    is needed: its last product for the gate's gradient). Beside that, kernels that never store the scores compute them
-    again: splash's two backward kernels take seven products a tile where four are counted, its fused one and cuDNN's
-    five.
+    Before a block's backward pass, its forward pass is recomputed, except for the activations that the remat policy
+    retains. Even its last product is needed, for the gradient of the gate. In addition, kernels that do not store the
+    scores recompute them: splash's two backward kernels compute seven products per tile where four are counted; its
+    fused backward kernel and cuDNN's compute five.
+
+    Args:
+      model: gives the sizes and the remat policy.
+      shape: of the sample.
+      kernel: of attention.
     """
     dit = model.dit
     L, RP = tokens(dit, shape)
     T, S, D = L + RP, shape.text_length, dit.width
-    scores = T * T * D + L * S * D  # one product of self- and of cross-attention
+    scores = T * T * D + L * S * D  # one product each of self-attention and cross-attention
     narrow = 4 * T * D * D + 2 * (L + S) * D * D
     wide = T * D * dit.ffn_width
     thin = narrow + 2 * wide
     again = {"none": 0, "dots": 0, "narrow": wide, "attention": thin, "full": thin + 2 * scores}
     if kernel == "xla":
-        kernel_again = scores if dit.remat in ("dots", "narrow", "attention") else 0  # scores themselves have no name
+        kernel_again = scores if dit.remat in ("dots", "narrow", "attention") else 0  # no checkpoint name for scores
     elif kernel == "splash" and not dit.tiles.fused_backward:
         kernel_again = 3 * scores
     else:
@@ -98,5 +103,5 @@ def repeated_flops(model: ModelConfig, shape: Shape, kernel: Literal["splash", "
 
 
 def sample_flops(dit: DiTConfig, shape: Shape, num_steps: int) -> int:
-    """Of sampling one video: three branches of guidance a step, two without references."""
+    """Operations of sampling one video: three forward passes per step, or two without references."""
     return num_steps * (3 if shape.references else 2) * forward_flops(dit, shape)

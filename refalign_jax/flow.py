@@ -4,7 +4,8 @@
     x_t = (1 - σ')·x₀ + σ'·noise,  target = noise - x₀
     w(t) = y·1000 / Σy,  y = exp(-2·((t-500)/1000)²) - min exp(…), over the whole schedule
 
-Everything here is float32; tables are made in float64. bfloat16 would leave 294 distinct times of 1,000.
+Everything is float32, and tables are computed in float64. In bfloat16, the 1,000 times would collapse to 294 distinct
+ones.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Schedule(NamedTuple):
 
     Attributes:
       sigmas: share of noise.
-      timesteps: 1000·σ, what the transformer is told.
+      timesteps: 1000·σ, the transformer's input t.
       weights: training weight of each time, mean 1.
     """
 
@@ -33,7 +34,12 @@ class Schedule(NamedTuple):
 
 
 def schedule(num_steps: int, shift: float) -> Schedule:
-    """The shifted schedule of `num_steps` times; σ = 0 is not in it."""
+    """The shifted schedule of `num_steps` times, without σ = 0.
+
+    Args:
+      num_steps: n.
+      shift: s, at least 1 for more times near noise.
+    """
     uniform = np.linspace(1, 0, num_steps + 1, dtype=np.float64)[:-1]
     sigmas = shift * uniform / (1 + (shift - 1) * uniform)
     timesteps = 1000 * sigmas
@@ -44,7 +50,7 @@ def schedule(num_steps: int, shift: float) -> Schedule:
 
 
 def training_schedule(config: FlowConfig) -> Schedule:
-    """The schedule that training draws its index from, uniformly and per sample."""
+    """The schedule from which training draws an index per sample, uniformly."""
     return schedule(config.num_train_steps, config.shift)
 
 
@@ -74,5 +80,5 @@ def flow_errors(velocity: Float[Array, "B F H W C"], target: Float[Array, "B F H
 def lookup(
     table: Schedule, index: Int[Array, " B"]
 ) -> tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
-    """(σ, t, w) at each sample's index into the schedule."""
+    """Looks up σ, t and w at each sample's index into the schedule."""
     return tuple(jnp.asarray(values)[index] for values in table)  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""The parameters that a fresh run starts from: random, another run's, or published ones."""
+"""Initial parameters of a model: the transformer and the projectors of the alignment loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from refalign_jax.types import Array
 
 
 def random_params(model: ModelConfig, key: Array) -> dict[str, Any]:
-    """All parameters of a model at random, float32; without projectors where the alignment weight is 0."""
+    """Initialises the parameters that a model trains, float32: no projectors if the alignment weight is 0."""
     params = init_model(model, key)
     if not model.alignment.weight:
         del params["projectors"]
@@ -21,7 +21,7 @@ def random_params(model: ModelConfig, key: Array) -> dict[str, Any]:
 
 
 def init_model(config: ModelConfig, key: Array) -> dict[str, Any]:
-    """Initialises transformer and projectors, float32; jit-able, so that they can be born sharded."""
+    """Initialises transformer and projectors, float32; under `jax.jit` with `out_shardings`, directly on a mesh."""
     dit_key, projector_key = jax.random.split(key)
     return {
         "dit": init_params(config.dit, dit_key),
@@ -30,5 +30,5 @@ def init_model(config: ModelConfig, key: Array) -> dict[str, Any]:
 
 
 def model_shapes(config: ModelConfig) -> dict[str, Any]:
-    """Shapes and dtypes of `init_model`'s parameters, without making them."""
+    """Shapes and dtypes of the parameters that `init_model` returns, computed without creating them."""
     return jax.eval_shape(lambda: init_model(config, jax.random.key(0)))

@@ -1,16 +1,16 @@
-"""The mesh of devices, and where every parameter, every activation and every array of a batch lies on it.
+"""The mesh of devices, and how parameters, activations and batches are split over it.
 
-    axis      splits                                                   moves in a step
+    axis      splits                                                   communication in a step
     data      the batch                                                gradients (all-reduce; over DCN between slices)
     fsdp      the batch; the width D of every kernel                   weights (all-gather), gradients (reduce-scatter)
-    context   the tokens; the width D of every kernel, as fsdp does    queries, keys, values (all-to-all); weights
-    tensor    heads and hidden width; the other side of every kernel   partial sums of two products a block
+    context   the tokens; the width D of every kernel, like fsdp       queries, keys, values (all-to-all); weights
+    tensor    heads and hidden width; the other side of every kernel   partial sums of two products per block
 
 So a device holds 1/(fsdp·context·tensor) of parameters, moving average and moments, and 1/(data·fsdp) of the batch.
-Vectors and modulations are small and lie everywhere.
+Vectors and modulations are small and are replicated.
 
-The mesh is JAX's ambient one: whoever compiles does so under `jax.set_mesh(mesh)`. Without one nothing here has any
-effect, and the model is a program of one device.
+Activations are placed on JAX's ambient mesh, which the caller sets by `jax.set_mesh(mesh)` around compilation. Without
+an ambient mesh, nothing is constrained and the model is a single-device program.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ WIDTH = (FSDP, CONTEXT)
 """The axes over which the width D of a kernel is split."""
 
 BATCH = PartitionSpec((DATA, FSDP))
-"""Of every array with a leading batch axis."""
+"""Arrays with a leading batch axis."""
 TOKENS = PartitionSpec((DATA, FSDP), CONTEXT)
-"""Of tokens at the transformer's width, [B, T, D]."""
+"""Tokens at the transformer's width, [B, T, D]."""
 HIDDEN = PartitionSpec((DATA, FSDP), CONTEXT, TENSOR)
-"""Of tokens within attention, [B, T, N·K] and [B, T, N, K], and within the feed-forward network."""
+"""Tokens within attention, [B, T, N·K] and [B, T, N, K], and within the feed-forward network, [B, T, hidden]."""
 CONDITION = PartitionSpec((DATA, FSDP), None, TENSOR)
-"""Of the text's keys and values: few tokens, which every part of the context attends to."""
+"""Keys and values of the text, [B, S, N·K]: few tokens, which are replicated over the context axis."""
 
 RULES: tuple[tuple[str, tuple[str | tuple[str, ...] | None, ...]], ...] = (
     # D is the input side: [D, other]
@@ -52,14 +52,24 @@ RULES: tuple[tuple[str, tuple[str | tuple[str, ...] | None, ...]], ...] = (
     # D is the output side: [other, D]
     (r"out/kernel", (TENSOR, WIDTH)),
     (r"(patch_embedding|text_embedding/in|time_in)/kernel", (None, WIDTH)),
-    # small ones: everywhere
+    # small ones: replicated
     (r"bias|scale|modulation|projectors/bias", ()),
 )
-"""How the last axes of a parameter are split, by the end of its path; leading axes (layers) never are. First match."""
+"""Mesh axes of a parameter's last dimensions, by the end of its path; the first match counts.
+
+Leading dimensions, such as the layers of a stack, are never split.
+"""
 
 
 def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
-    """Arranges the devices as configured; of several slices, each holds an equal part of the data axis.
+    """Arranges devices in a mesh.
+
+    Args:
+      config: sizes of the axes; with several slices, each holds an equal part of the data axis.
+      devices: to arrange; None: all.
+
+    Returns:
+      A mesh with the axes `AXES`.
 
     Raises:
       ValueError: the axes don't multiply to the number of devices, or the slices don't divide the data axis.
@@ -82,16 +92,21 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
         arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     elif hasattr(devices[0], "slice_index"):
         arranged = mesh_utils.create_hybrid_device_mesh(within, between, devices, allow_split_physical_axes=True)
-    else:  # simulated: equal runs of the devices
+    else:  # simulated slices: consecutive devices
         arranged = np.asarray(devices).reshape(shape)
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
-    """Refuses a batch that doesn't split evenly.
+    """Checks that a batch splits evenly.
+
+    Args:
+      batch_size: examples per step, over all devices.
+      accumulation: number of equal parts of a batch whose gradients are accumulated.
+      mesh: the devices.
 
     Raises:
-      ValueError: the examples of one part of the batch are not divisible by data times fsdp.
+      ValueError: a part of the batch is not divisible by the data axis times the fsdp axis.
     """
     count = mesh.shape[DATA] * mesh.shape[FSDP]
     if batch_size % (accumulation * count):
@@ -103,10 +118,10 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
 
 
 def check_heads(dit: DiTConfig, mesh: Mesh) -> None:
-    """Refuses a mesh over which the heads don't split evenly.
+    """Checks that the heads split evenly over the context and tensor axes.
 
     Raises:
-      ValueError: heads not divisible by context times tensor; the divisors that fit are named.
+      ValueError: they don't; the message lists the products of the two axes that do.
     """
     parts = mesh.shape[CONTEXT] * mesh.shape[TENSOR]
     if dit.num_heads % parts:
@@ -118,50 +133,61 @@ def check_heads(dit: DiTConfig, mesh: Mesh) -> None:
 
 
 def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """How one parameter is split.
+    """Mesh axes of each dimension of one parameter, by `RULES`.
 
     Args:
-      path: "/"-separated; only its end counts, so that the moments of a parameter get the same answer.
-      shape: of the parameter.
-      mesh: the devices. A side that its axes don't divide is not split.
+      path: "/"-separated; only its end matters, so that a parameter's moments and moving average are split like it.
+      shape: shape of the parameter; a scalar is replicated.
+      mesh: the devices. A dimension that its mesh axes don't divide is not split.
 
     Raises:
-      AssertionError: no rule knows the path.
+      AssertionError: no rule matches the path.
     """
     if not shape:
         return PartitionSpec()
     for pattern, axes in RULES:
         if re.search(rf"(^|/)({pattern})$", path):
-            sides = [None] * (len(shape) - len(axes)) + list(axes)
-            return PartitionSpec(*(_fitting(side, size, mesh) for side, size in zip(sides, shape, strict=True)))
+            by_dimension = [None] * (len(shape) - len(axes)) + list(axes)
+            return PartitionSpec(*(_fitting(*pair, mesh) for pair in zip(by_dimension, shape, strict=True)))
     raise AssertionError(f"no sharding rule for {path} {shape}")
 
 
-def _fitting(side: str | tuple[str, ...] | None, size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
-    """The axes of a side that divide it: all of them or, of several, the first alone; else none."""
-    names = (side,) if isinstance(side, str) else side or ()
+def _fitting(axes: str | tuple[str, ...] | None, size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
+    """The mesh axes that divide a dimension: all of the given ones, else the first one, else none."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
     for used in (names, names[:1]):
         if used and size % int(np.prod([mesh.shape[name] for name in used])) == 0:
             return used if len(used) > 1 else used[0]
     return None
 
 
-def state_sharding(shapes: Any, mesh: Mesh) -> Any:
-    """The sharding of every leaf of a tree of parameters, or of a train state that holds them."""
+def state_sharding(state: Any, mesh: Mesh) -> Any:
+    """Applies `param_spec` to each leaf.
 
-    def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    Args:
+      state: a tree of arrays or shapes: parameters, or a train state with their moments and moving average.
+      mesh: the devices.
+
+    Returns:
+      A tree of `NamedSharding`s, as for `jax.device_put` and for the `out_shardings` of `jax.jit`.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         return NamedSharding(mesh, param_spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh))
 
-    return jax.tree_util.tree_map_with_path(of, shapes)
+    return jax.tree_util.tree_map_with_path(place, state)
 
 
 def place_shapes(shapes: Any, mesh: Mesh, dtype: Any = None) -> Any:
-    """`jax.ShapeDtypeStruct`s with the sharding of every leaf, for restoring and for compiling without arrays.
+    """Adds `state_sharding` to the shapes of a tree, to restore it, or to compile for it without arrays.
 
     Args:
-      shapes: a tree of arrays or shapes, as `state_sharding` takes it.
+      shapes: a tree of arrays or shapes, as in `state_sharding`.
       mesh: the devices.
-      dtype: of all leaves; None keeps each leaf's own.
+      dtype: dtype of all leaves; None: that of each leaf.
+
+    Returns:
+      A tree of `jax.ShapeDtypeStruct`s with shardings.
     """
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=sharding),
@@ -171,21 +197,21 @@ def place_shapes(shapes: Any, mesh: Mesh, dtype: Any = None) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Of what every device holds whole."""
+    """The sharding of arrays that each device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def constrain(x: Array, place: PartitionSpec) -> Array:
-    """Tells the compiler where an activation lies on the ambient mesh; without a mesh, x as it is.
+    """Constrains how the compiler splits an activation over the ambient mesh; without a mesh, returns x as it is.
 
-    Left to itself, XLA finds a kernel split along its input side and gathers the activations, which are far larger,
-    in place of the kernel.
+    Without constraints, where a kernel is split along its input side, XLA gathers the activations, which are far larger
+    than the kernel.
     """
     return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, place)
 
 
 def unsharded() -> contextlib.AbstractContextManager[Any]:
-    """A context without a mesh, within which programs are those of one device."""
+    """A context without an ambient mesh, for single-device programs."""
     return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
 
 
@@ -196,18 +222,26 @@ def is_split() -> bool:
 
 
 def context_parts() -> int:
-    """Over how many devices of the ambient mesh the tokens are split."""
+    """Number of parts into which the ambient mesh splits the tokens."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape[CONTEXT]
 
 
 def to_devices(batch: Any, mesh: Mesh) -> Any:
-    """Makes one global batch of each process's rows, split over the devices."""
+    """Puts arrays with a leading batch axis on the devices, split by `BATCH`.
+
+    Args:
+      batch: a tree of arrays; each process gives the rows of its own devices.
+      mesh: the devices.
+
+    Returns:
+      A tree of global arrays.
+    """
     sharding = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
 def bytes_a_device(shapes: Any) -> int:
-    """Bytes that one device holds of a tree of `jax.ShapeDtypeStruct`s with shardings."""
+    """Bytes per device of a tree of `jax.ShapeDtypeStruct`s with shardings, without its random keys."""
     leaves = [x for x in jax.tree.leaves(shapes) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)]
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves)

@@ -1,14 +1,12 @@
-"""The dimension letters and the array types that carry them.
+"""Array types, and the letters of their dimensions in annotations, einsums and docstrings.
 
-Letters, the same in annotations, einsums and docstrings:
-
-  B batch                     F H W latent frames, rows, columns
-  C latent channels           L     video tokens, F·(H/patch)·(W/patch)
-  R references                P     tokens a reference
-  S text tokens               D     width of the transformer
-  N heads                     K     head width
-  E width of the VFM          A     aligned blocks
-  T pixel frames, 4k+1        h w   pixel rows, columns
+B batch                     F H W latent frames, rows, columns
+C latent channels           L     video tokens, F·(H/patch)·(W/patch)
+R references                P     tokens per reference
+S text tokens               D     width of the transformer
+N heads                     K     head width
+E width of the VFM          A     aligned blocks
+T pixel frames, 4k+1        h w   pixel rows, columns
 """
 
 from collections.abc import Mapping

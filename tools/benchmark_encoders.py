@@ -85,7 +85,7 @@ def _vae(torch: Any, repeats: int) -> None:
     model: Any = AutoencoderKLWan()
     model.eval()
     config = vae.VAEConfig()
-    shapes = jax.eval_shape(lambda: vae.init(jax.random.key(0), config))
+    shapes = jax.eval_shape(lambda: vae.init(config, jax.random.key(0)))
     params = jax.device_put(to_ours(vae_table(config, "diffusers"), shapes, StateDict(model.state_dict())))
     video = np.random.default_rng(0).uniform(-1, 1, (1, 17, 96, 96, 3)).astype(np.float32)
     mean, std = (np.asarray(x, np.float32) for x in (config.latent_mean, config.latent_std))
@@ -121,7 +121,7 @@ def _umt5(torch: Any, repeats: int) -> None:
     ids = np.random.default_rng(0).integers(2, 1000, (1, 512)).astype(np.int32)
     mask = (np.arange(512) < 400).astype(np.int32)[None]
     tensors = untied(StateDict(model.state_dict()))
-    shapes = jax.eval_shape(umt5.UMT5Encoder(config).init, jax.random.key(0), ids, mask)["params"]
+    shapes = jax.eval_shape(lambda: umt5.init(config, jax.random.key(0)))
     params = jax.device_put(to_ours(umt5_table(config, umt5_names(tensors.shapes)), shapes, tensors))
     inputs = {"input_ids": torch.from_numpy(ids).long(), "attention_mask": torch.from_numpy(mask).long()}
     _report(
@@ -144,7 +144,7 @@ def _dinov3(torch: Any, repeats: int) -> None:
         parameter.add_(0.02 * torch.randn_like(parameter))
     config = dinov3.DINOv3Config.from_json(model.config.to_dict())
     tensors = StateDict(model.state_dict())
-    shapes = jax.eval_shape(dinov3.DINOv3(config).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    shapes = jax.eval_shape(lambda: dinov3.init(config, jax.random.key(0)))
     params = jax.device_put(to_ours(dinov3_table(config, dinov3_layers(tensors.shapes)), shapes, tensors))
     pixels = np.random.default_rng(0).standard_normal((1, 480, 832, 3)).astype(np.float32)
     theirs = torch.from_numpy(np.moveaxis(pixels, -1, 1).copy())

@@ -26,7 +26,7 @@ CONFIG = vae.VAEConfig()
 
 def temporary_memory(height: int, width: int, frames: int) -> tuple[int, int]:
     """Bytes of temporaries the compiler plans for encoding and for decoding so many frames; nothing is run."""
-    shapes = jax.eval_shape(lambda: vae.init(jax.random.key(0), CONFIG))
+    shapes = jax.eval_shape(lambda: vae.init(CONFIG, jax.random.key(0)))
     video = jax.ShapeDtypeStruct((1, frames, height, width, 3), jnp.float32)
     latents = jax.ShapeDtypeStruct((1, (frames - 1) // 4 + 1, height // 8, width // 8, 16), jnp.float32)
     planned = []
@@ -65,7 +65,7 @@ def benchmark_vae(
     count = frames or (info.num_frames - 1) // 4 * 4 + 1
     pixels = read_frames(video, np.arange(count))
     clip = jnp.asarray(to_float(resize_and_crop(pixels, height, width)))[None]
-    params = jax.jit(vae.init, static_argnums=1)(jax.random.key(0), CONFIG)
+    params = jax.jit(vae.init, static_argnums=0)(CONFIG, jax.random.key(0))
     encoder = jax.jit(lambda p, x: vae.encode(p, x, CONFIG)).lower(params, clip).compile()
     started = time.perf_counter()
     latents = encoder(params, clip).block_until_ready()

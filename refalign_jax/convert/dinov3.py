@@ -14,7 +14,7 @@ Layers = Literal["layer", "model.layer"]
 
 
 def dinov3_table(config: DINOv3Config, layers: Layers = "model.layer") -> list[Entry]:
-    """The table of `models.dinov3.DINOv3`.
+    """The table of `models.dinov3.init`.
 
     Args:
       config: sizes, and which biases there are.

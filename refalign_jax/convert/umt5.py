@@ -33,7 +33,7 @@ _BLOCK: tuple[tuple[str, Layout, str, str], ...] = (
 
 
 def umt5_table(config: UMT5Config, names: Names = "wan") -> list[Entry]:
-    """The table of `models.umt5.UMT5Encoder`.
+    """The table of `models.umt5.init`.
 
     Args:
       config: sizes.

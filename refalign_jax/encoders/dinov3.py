@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from refalign_jax.config import ComputeDtype
@@ -59,6 +58,5 @@ def load_dinov3(config: dinov3.DINOv3Config, weights: Tensors) -> Params:
     Raises:
       ValueError: tensors that are missing, extra or misshapen, listed with their shapes.
     """
-    pixels = jnp.zeros((1, config.patch_size, config.patch_size, 3))
-    shapes = jax.eval_shape(dinov3.DINOv3(config).init, jax.random.key(0), pixels)["params"]
+    shapes = jax.eval_shape(lambda: dinov3.init(config, jax.random.key(0)))
     return to_ours(dinov3_table(config, dinov3_layers(weights.shapes)), shapes, weights)

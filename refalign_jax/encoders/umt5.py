@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from refalign_jax.config import ComputeDtype
@@ -94,8 +93,7 @@ def load_umt5(config: umt5.UMT5Config, weights: Tensors) -> Params:
       ValueError: tensors that are missing, extra or misshapen, listed with their shapes.
     """
     names = umt5_names(weights.shapes)
-    tokens = jnp.zeros((1, 1), jnp.int32)
-    shapes = jax.eval_shape(umt5.UMT5Encoder(config).init, jax.random.key(0), tokens, tokens)["params"]
+    shapes = jax.eval_shape(lambda: umt5.init(config, jax.random.key(0)))
     return to_ours(umt5_table(config, names), shapes, untied(weights))
 
 

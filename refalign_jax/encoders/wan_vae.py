@@ -108,5 +108,5 @@ def load_vae(config: vae.VAEConfig, weights: Tensors) -> Params:
       ValueError: tensors that are missing, extra or misshapen, listed with their shapes.
     """
     names: Literal["wan", "diffusers"] = "diffusers" if "quant_conv.weight" in weights.shapes else "wan"
-    shapes = jax.eval_shape(lambda: vae.init(jax.random.key(0), config))
+    shapes = jax.eval_shape(lambda: vae.init(config, jax.random.key(0)))
     return to_ours(vae_table(config, names), shapes, weights)

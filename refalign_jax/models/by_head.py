@@ -1,11 +1,11 @@
-"""Attention of the frozen encoders, one head after the other.
+"""Attention of the frozen encoders, computed one head at a time.
 
     out_i = Σ_j e_ij v_j / Σ_j e_ij,   e_ij = exp(s_ij − max_j s_ij),   s_ij = scale · q_i·k_j + bias_ij
 
-Their sequences are short (512 tokens, 1,565 patches of 480×832 pixels) and float32 counts, which the fused kernels do
-not take. The scores of one head stay in a CPU's cache, those of all heads do not, and the memory no longer grows with
-the number of heads; samples of the batch are computed together, so an accelerator has its work. The sum divides the
-product with v, not the scores: K numbers a query instead of as many as there are keys.
+The encoders' sequences are short (512 tokens; 1,565 tokens for 480×832 pixels) and they run in float32, which the fused
+kernels do not support. Memory does not grow with the number of heads, and the scores of one head fit a CPU's cache,
+which those of all heads do not. The samples of a batch are computed together, enough work for an accelerator. The sum
+divides the product with v rather than the scores: K divisions per query instead of one per key.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from refalign_jax.models.layers import precision_of
 from refalign_jax.types import Array, Float, Int
 
 
@@ -24,20 +25,20 @@ def attend_by_head(
     bias: Float[Array, "N T T"] | None = None,
     mask: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N K"]:
-    """Attends from every token to all tokens of its sample that `mask` lets through.
+    """Attends from every token to all unmasked tokens of its sample.
 
     Args:
       q: queries.
       k: keys.
       v: values.
       scale: factor of the scores, such as 1/√K.
-      bias: added to the scores of each head, float32; None, nothing.
-      mask: 1 for tokens to attend to, 0 for padding; None, all.
+      bias: added to the scores of each head, float32; None: no bias.
+      mask: 1 for tokens to attend to, 0 for padding; None: all are attended to.
 
     Returns:
       The attended values in q's dtype; scores, softmax and sums are float32.
     """
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    precision = precision_of(q.dtype)
     q, k, v = (jnp.moveaxis(x, 2, 0) for x in (q, k, v))
 
     def one_head(inputs: tuple[Array, Array, Array, Array | None]) -> Array:

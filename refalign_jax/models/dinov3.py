@@ -1,14 +1,14 @@
 """DINOv3 vision transformer: images to the patch features the references are aligned with.
 
-An image becomes (h/16)·(w/16) patches; a CLS token and four registers go before them. With x the residual stream,
+An image is cut into (h/16)·(w/16) patches; a CLS token and four registers precede them. With x the residual stream,
 
     x += λ₁ ⊙ O · softmax(rope(q) rope(k)ᵀ / √K) v,   q, k, v = projections of LN(x),
     x += λ₂ ⊙ MLP(LN(x)),
 
-MLP = W₂ gelu(W₁ ·), or W₂ (silu(Wg ·) ⊙ W₁ ·) in the gated sizes, and a last LayerNorm follows. RoPE turns the patch
-tokens alone: with y, x ∈ (−1, 1) the coordinates of a patch's centre over the whole image and
-ω_m = θ^(−4m/K), m < K/4, the angles are 2π(y·ω, x·ω), and the first half of a head's channels pairs with the second.
-This is evaluation mode: training's random shift, jitter and rescaling of the coordinates are not here.
+MLP = W₂ gelu(W₁ ·), or W₂ (silu(Wg ·) ⊙ W₁ ·) in the gated sizes, and a last LayerNorm follows. RoPE rotates only the
+patch tokens: with y, x ∈ (−1, 1) the coordinates of a patch's centre over the whole image and ω_m = θ^(−4m/K), m < K/4,
+the angles are 2π(y·ω, x·ω), and channel m of a head's first half pairs with channel m of its second half.
+This is evaluation mode, without the random shift, jitter and rescaling of coordinates that DINOv3 is trained with.
 
 Source: Siméoni et al. 2025 (arXiv 2508.10104); names and defaults follow its published config.json.
 """
@@ -27,11 +27,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from refalign_jax.models.by_head import attend_by_head
+from refalign_jax.models.layers import init_stack, precision_of
 from refalign_jax.types import Array, Float, Params
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-"""Per channel, of RGB in [0, 1]."""
+"""Mean and standard deviation of each channel of ImageNet's images, RGB in [0, 1]."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,15 +47,15 @@ class DINOv3Config:
       num_heads: N.
       num_register_tokens: registers between CLS and patches.
       rope_theta: θ, base of the RoPE frequencies.
-      eps: of every LayerNorm.
-      layerscale: initial value of λ₁ and λ₂; weights that are loaded replace it.
-      query_bias: whether the query projection has a bias; likewise the next four.
-      key_bias: see `query_bias`.
-      value_bias: see `query_bias`.
-      proj_bias: of the attention's output projection.
-      mlp_bias: of all projections of the MLP.
+      eps: added to the variance in every LayerNorm.
+      layerscale: initial value of λ₁ and λ₂.
+      query_bias: whether the query projection has a bias.
+      key_bias: whether the key projection has a bias.
+      value_bias: whether the value projection has a bias.
+      proj_bias: whether the attention's output projection has a bias.
+      mlp_bias: whether the projections of the MLP have biases.
       use_gated_mlp: whether the MLP is gated.
-      hidden_act: the MLP's activation; gelu is the exact one, with erf.
+      hidden_act: activation of the MLP; gelu is the exact one, with erf.
       compute_dtype: dtype of the matrix products; norms, softmax, RoPE and the residual stream are float32.
     """
 
@@ -94,14 +95,14 @@ class DINOv3Config:
 
     @classmethod
     def from_json(cls, published: Mapping[str, Any], compute_dtype: Literal["float32", "bfloat16"] = "float32") -> Self:
-        """Reads the published config.json (transformers' names, its defaults for what is not there).
+        """Reads the published config.json, with transformers' names and its defaults for missing entries.
 
         Args:
           published: the parsed file.
-          compute_dtype: ours to choose; the file does not say.
+          compute_dtype: dtype of the matrix products, which the file does not give.
 
         Raises:
-          ValueError: the file is of another model, or has a value that this one does not know.
+          ValueError: the file is another model's, or has a value that is not supported here.
         """
         if published.get("model_type") != "dinov3_vit":
             raise ValueError(f"config.json has model_type {published.get('model_type')!r}; it must be 'dinov3_vit'.")
@@ -109,13 +110,15 @@ class DINOv3Config:
             raise ValueError(f"config.json has num_channels {published['num_channels']}; it must be 3, for RGB.")
         defaults = {"width": 384, "ffn_width": 1536, "num_heads": 6, "num_register_tokens": 0}
         values = {
-            field.name: published.get(_PUBLISHED.get(field.name, field.name), defaults.get(field.name, field.default))
+            field.name: published.get(
+                PUBLISHED_FIELDS.get(field.name, field.name), defaults.get(field.name, field.default)
+            )
             for field in dataclasses.fields(cls)
         }
         return cls(**values | {"compute_dtype": compute_dtype})
 
 
-_PUBLISHED = {
+PUBLISHED_FIELDS = {
     "width": "hidden_size",
     "ffn_width": "intermediate_size",
     "num_layers": "num_hidden_layers",
@@ -123,6 +126,7 @@ _PUBLISHED = {
     "eps": "layer_norm_eps",
     "layerscale": "layerscale_value",
 }
+"""Fields whose name in the published config.json is another."""
 
 _GATED: Any = {"use_gated_mlp": True, "hidden_act": "silu"}
 VIT_S16 = DINOv3Config(width=384, ffn_width=1536, num_heads=6)
@@ -136,7 +140,7 @@ VIT_7B16 = DINOv3Config(
 
 
 def rope_angles(rows: int, columns: int, config: DINOv3Config) -> np.ndarray:
-    """RoPE angles in radians, float32 [tokens, K/2], of CLS, registers (0: not turned) and patches, row by row."""
+    """RoPE angles in radians, float32 [tokens, K/2]: 0 for CLS and registers, then those of the patches, row by row."""
     head_width = config.width // config.num_heads
     frequencies = 1 / np.float32(config.rope_theta) ** np.arange(0, 1, 4 / head_width, dtype=np.float32)
     y, x = np.meshgrid(
@@ -153,24 +157,21 @@ def rope_angles(rows: int, columns: int, config: DINOv3Config) -> np.ndarray:
 def rotate(
     x: Float[Array, "B T N K"], cos: Float[Array, "T K/2"], sin: Float[Array, "T K/2"]
 ) -> Float[Array, "B T N K"]:
-    """Turns channel m of the first half of K with channel m of the second by the token's angle, in float32."""
+    """Rotates channel m of the first half of K with channel m of the second by the token's angle, in float32."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, None, :], sin[:, None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 class Block(nn.Module):
-    """Attention with RoPE, then the MLP, each behind a LayerNorm and scaled per channel."""
+    """Attention with RoPE, then the MLP, each after a LayerNorm and scaled per channel."""
 
     config: DINOv3Config
 
     def _dense(self, width: int, use_bias: bool, name: str) -> nn.Dense:
-        """A linear map in the compute dtype; no TF32 where that is float32."""
-        precision = jax.lax.Precision.HIGHEST if self.config.compute_dtype == "float32" else None
-        return nn.Dense(width, use_bias=use_bias, dtype=self.config.compute_dtype, precision=precision, name=name)
-
-    def _norm(self, name: str) -> nn.LayerNorm:
-        return nn.LayerNorm(epsilon=self.config.eps, dtype=jnp.float32, use_fast_variance=False, name=name)
+        """A linear map in the compute dtype."""
+        dtype = jnp.dtype(self.config.compute_dtype)
+        return nn.Dense(width, use_bias=use_bias, dtype=dtype, precision=precision_of(dtype), name=name)
 
     def _layerscale(self, name: str) -> Float[Array, " E"]:
         return self.param(name, nn.initializers.constant(self.config.layerscale), (self.config.width,), jnp.float32)
@@ -178,8 +179,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T E"], cos: Float[Array, "T K/2"], sin: Float[Array, "T K/2"]
-    ) -> tuple[Float[Array, "B T E"], None]:
-        """Returns (x after the block, None), as `nn.scan` asks of a carry.
+    ) -> Float[Array, "B T E"]:
+        """Returns the residual stream after the block, float32.
 
         Args:
           x: residual stream, float32.
@@ -189,7 +190,7 @@ class Block(nn.Module):
         config = self.config
         heads = (*x.shape[:2], config.num_heads, config.width // config.num_heads)
 
-        h = self._norm("attention_norm")(x)
+        h = _norm(config, "attention_norm")(x)
         q = rotate(self._dense(config.width, config.query_bias, "query")(h).reshape(heads), cos, sin)
         k = rotate(self._dense(config.width, config.key_bias, "key")(h).reshape(heads), cos, sin)
         v = self._dense(config.width, config.value_bias, "value")(h).reshape(heads)
@@ -197,7 +198,7 @@ class Block(nn.Module):
         h = self._dense(config.width, config.proj_bias, "out")(h.reshape(x.shape))
         x = x + self._layerscale("attention_scale") * h
 
-        h = self._norm("mlp_norm")(x)
+        h = _norm(config, "mlp_norm")(x)
         activation = functools.partial(jax.nn.gelu, approximate=False) if config.hidden_act == "gelu" else jax.nn.silu
         hidden = self._dense(config.ffn_width, config.mlp_bias, "mlp_in")(h)
         if config.use_gated_mlp:
@@ -205,92 +206,109 @@ class Block(nn.Module):
         else:
             hidden = activation(hidden)
         h = self._dense(config.width, config.mlp_bias, "mlp_out")(hidden)
-        return x + self._layerscale("mlp_scale") * h, None
+        return x + self._layerscale("mlp_scale") * h
 
 
-class DINOv3(nn.Module):
-    """Patch embedding, CLS and registers, the blocks (stacked on a leading layer axis and scanned), a last norm."""
+def init(config: DINOv3Config, key: Array) -> dict[str, Any]:
+    """Initialises the parameters.
 
-    config: DINOv3Config
+    Args:
+      config: sizes.
+      key: random key.
 
-    @nn.compact
-    def __call__(self, pixels: Float[Array, "B h w 3"]) -> Float[Array, "B T E"]:
-        """Encodes images.
-
-        Args:
-          pixels: RGB normalised by ImageNet's mean and deviation, as `normalize` does.
-
-        Returns:
-          All tokens after the last LayerNorm, float32: CLS, registers, patches row by row.
-
-        Raises:
-          ValueError: height or width is not a multiple of the patch size.
-        """
-        config, size = self.config, self.config.patch_size
-        batch, height, width, _ = pixels.shape
-        if height % size or width % size or not height or not width:
-            raise ValueError(f"The image is {height}x{width} pixels; DINOv3 needs multiples of {size}.")
-        rows, columns = height // size, width // size
-        kernel = self.param("patch_kernel", nn.initializers.lecun_normal(), (size, size, 3, config.width), jnp.float32)
-        bias = self.param("patch_bias", nn.initializers.zeros, (config.width,), jnp.float32)
-        token = nn.initializers.truncated_normal(0.02)
-        cls = self.param("cls_token", token, (1, 1, config.width), jnp.float32)
-        registers = self.param("register_tokens", token, (1, config.num_register_tokens, config.width), jnp.float32)
-        # Stands for hidden patches in DINOv3's own training; kept so that weights convert without loss.
-        self.param("mask_token", nn.initializers.zeros, (1, 1, config.width), jnp.float32)
-
-        # A convolution whose stride is its kernel is a matrix product over patches.
-        patches = pixels.reshape(batch, rows, size, columns, size, 3).transpose(0, 1, 3, 2, 4, 5)
-        dtype = jnp.dtype(config.compute_dtype)
-        x = jnp.matmul(
-            patches.reshape(batch, rows * columns, -1).astype(dtype),
-            kernel.reshape(-1, config.width).astype(dtype),
-            precision=jax.lax.Precision.HIGHEST if config.compute_dtype == "float32" else None,
-            preferred_element_type=jnp.float32,
-        )
-        first = jnp.concatenate([cls, registers], axis=1).astype(jnp.float32)
-        x = jnp.concatenate([jnp.broadcast_to(first, (batch, *first.shape[1:])), x + bias], axis=1)
-
-        angles = rope_angles(rows, columns, config)
-        blocks = nn.scan(
-            Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=config.num_layers,
-        )
-        x, _ = blocks(config, name="blocks")(x, jnp.cos(angles), jnp.sin(angles))
-        return nn.LayerNorm(epsilon=config.eps, dtype=jnp.float32, use_fast_variance=False, name="norm")(x)
+    Returns:
+      A nested dict, float32; the parameters of all blocks are stacked along a leading layer axis.
+    """
+    E, size = config.width, config.patch_size
+    kernel_key, cls_key, register_key, blocks_key, norm_key = jax.random.split(key, 5)
+    token = nn.initializers.truncated_normal(0.02)
+    x, angles = jnp.zeros((1, 1, E)), jnp.zeros((1, E // config.num_heads // 2))
+    return {
+        "patch_kernel": nn.initializers.lecun_normal()(kernel_key, (size, size, 3, E)),
+        "patch_bias": jnp.zeros(E),
+        "cls_token": token(cls_key, (1, 1, E)),
+        "register_tokens": token(register_key, (1, config.num_register_tokens, E)),
+        # Replaces masked patches in DINOv3's own training. It is unused here, and there so that weights convert whole.
+        "mask_token": jnp.zeros((1, 1, E)),
+        "blocks": init_stack(Block(config), config.num_layers, blocks_key, x, angles, angles),
+        "norm": _norm(config).init(norm_key, x)["params"],
+    }
 
 
 def normalize(pixels: Float[Array, "*B h w 3"]) -> Float[Array, "*B h w 3"]:
-    """Turns RGB in [-1, 1], the range of videos here, into ImageNet's: ((p + 1)/2 − mean) / std, float32."""
+    """Normalises RGB in [-1, 1], the range of videos here, by ImageNet's: ((p + 1)/2 − mean) / std, float32."""
     mean, std = jnp.asarray(IMAGENET_MEAN), jnp.asarray(IMAGENET_STD)
     return ((pixels.astype(jnp.float32) + 1) / 2 - mean) / std
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def encode_tokens(params: Params, pixels: Float[Array, "B h w 3"], config: DINOv3Config) -> Float[Array, "B T E"]:
-    """All tokens of normalised images (see `normalize`): CLS, registers, patches; T = 1 + registers + h/16·w/16."""
-    return cast(Array, DINOv3(config).apply({"params": params}, pixels))
+    """Encodes images to tokens.
+
+    Args:
+      params: as `init` returns them, in any float dtype; each layer is cast when it runs.
+      pixels: RGB normalised by ImageNet's mean and deviation, as by `normalize`; where the images are split over
+        devices by the batch, so is the work.
+      config: sizes and compute dtype.
+
+    Returns:
+      All tokens after the last LayerNorm, float32: CLS, registers, patches row by row; T = 1 + registers + h/16·w/16.
+
+    Raises:
+      ValueError: height or width is not a positive multiple of the patch size.
+    """
+    size = config.patch_size
+    batch, height, width, _ = pixels.shape
+    if height % size or width % size or not height or not width:
+        raise ValueError(f"The image is {height}x{width} pixels; DINOv3 needs multiples of {size}.")
+    rows, columns = height // size, width // size
+    first = jnp.concatenate([params["cls_token"], params["register_tokens"]], axis=1).astype(jnp.float32)
+    patches = _embed_patches(params, pixels, config)
+    x = jnp.concatenate([jnp.broadcast_to(first, (batch, *first.shape[1:])), patches], axis=1)
+    angles = rope_angles(rows, columns, config)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+
+    def run_block(x: Array, params: Params) -> tuple[Array, None]:
+        return cast(Array, Block(config).apply({"params": params}, x, cos, sin)), None
+
+    x, _ = jax.lax.scan(run_block, x, params["blocks"])
+    return cast(Array, _norm(config).apply({"params": params["norm"]}, x))
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def encode(params: Params, pixels: Float[Array, "B h w 3"], config: DINOv3Config) -> Float[Array, "B h/16 w/16 E"]:
-    """Patch features of images, on the DiT's reference grid.
+    """Computes the patch features of images, on the DiT's reference grid.
 
     Args:
-      params: parameters of `DINOv3`; kept in the dtype given and cast a layer at a time.
-      pixels: RGB in [-1, 1], not normalised. Sharded over the batch, the work is too.
-      config: sizes.
+      params: as in `encode_tokens`.
+      pixels: RGB in [-1, 1], not normalised.
+      config: sizes and compute dtype.
 
     Returns:
-      The last hidden state after the last LayerNorm without CLS and registers, float32.
+      The tokens after the last LayerNorm without CLS and registers, float32.
 
     Raises:
-      ValueError: height or width is not a multiple of the patch size.
+      ValueError: height or width is not a positive multiple of the patch size.
     """
     batch, height, width, _ = pixels.shape
     tokens = encode_tokens(params, normalize(pixels), config)
     grid = (batch, height // config.patch_size, width // config.patch_size, config.width)
     return tokens[:, 1 + config.num_register_tokens :].reshape(grid)
+
+
+def _embed_patches(params: Params, pixels: Float[Array, "B h w 3"], config: DINOv3Config) -> Float[Array, "B P E"]:
+    """Embeds each patch, float32; a convolution whose stride is its kernel is a matrix product over patches."""
+    size, dtype = config.patch_size, jnp.dtype(config.compute_dtype)
+    batch, height, width, _ = pixels.shape
+    patches = pixels.reshape(batch, height // size, size, width // size, size, 3).transpose(0, 1, 3, 2, 4, 5)
+    x = jnp.matmul(
+        patches.reshape(batch, height // size * (width // size), -1).astype(dtype),
+        params["patch_kernel"].reshape(-1, config.width).astype(dtype),
+        precision=precision_of(dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return x + params["patch_bias"]
+
+
+def _norm(config: DINOv3Config, name: str | None = None) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=config.eps, dtype=jnp.float32, use_fast_variance=False, name=name)

@@ -24,7 +24,7 @@ from refalign_jax.config import DiTConfig
 from refalign_jax.models.attention import ATTENTION_OUTPUT, CUDNN_FORWARD
 from refalign_jax.models.block import BLOCK_INPUT, Block, FeedForward, Head, Shared, Streams
 from refalign_jax.models.condition import Condition
-from refalign_jax.models.layers import HIDDEN_OUTPUT, LINEAR_OUTPUT, Linear
+from refalign_jax.models.layers import HIDDEN_OUTPUT, LINEAR_OUTPUT, Linear, init_stack
 from refalign_jax.models.rope import rotation, time_sinusoid
 from refalign_jax.sharding import BATCH, CONDITION, CONTEXT, TOKENS, constrain, context_parts, unsharded
 from refalign_jax.types import Array, Float, Params
@@ -280,11 +280,8 @@ class _Parameters(nn.Module):
             layer(token, token[:, 0]) if name == "head" else layer(inputs.get(name, token))
         turn = rotation(jnp.zeros((1, 1), jnp.int32), 1, 1, c)
         shared = Shared(time=jnp.zeros((1, 6, c.width)), text=token, rotations=(turn,), sizes=(1,), lengths=None)
-
-        def block(key: Array) -> Params:
-            return Block(c, parent=None).init(key, (token,), shared)["params"]
-
-        self.param("blocks", lambda key: jax.vmap(block)(jax.random.split(key, c.num_layers)))
+        block = Block(c, parent=None)
+        self.param("blocks", lambda key: init_stack(block, c.num_layers, key, (token,), shared))
 
 
 def _layers(config: DiTConfig) -> dict[str, nn.Module]:
@@ -302,7 +299,7 @@ def _layers(config: DiTConfig) -> dict[str, nn.Module]:
 
 
 def _keeps(config: DiTConfig) -> Callable[..., Any]:
-    """The remat policy: of each operation of a block, whether its results are kept, here or in the host's memory."""
+    """The remat policy: which results of a block are retained for the backward pass, on the device or on the host."""
     names = REMAT_KEEPS[config.remat]
     named = jax.checkpoint_policies.save_only_these_names(*names)
     if config.offload:

@@ -1,6 +1,12 @@
-"""Linear and norm layers shared by the transformer's parts."""
+"""Linear and norm layers, and the stacks of layers of every network.
+
+A network of N equal layers has the parameters of one layer, each array with a leading axis of length N. `init_stack`
+draws them; the network runs them with `jax.lax.scan` over that axis, so that one layer is compiled, whatever N is.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +24,23 @@ HIDDEN_OUTPUT = "hidden"
 """Checkpoint name of the feed-forward network's hidden layer, which is the widest."""
 
 
+def init_stack(layer: nn.Module, num_layers: int, key: Array, *inputs: Any) -> dict[str, Any]:
+    """Initialises a stack of layers, each at random by itself.
+
+    Args:
+      layer: one layer; it has no parent module.
+      num_layers: N.
+      key: random key.
+      *inputs: what the layer is called with; their shapes alone matter.
+
+    Returns:
+      The parameters of one layer, float32, each array with a leading axis of length N.
+    """
+    return jax.vmap(lambda key: layer.init(key, *inputs)["params"])(jax.random.split(key, num_layers))
+
+
 def precision_of(dtype: jnp.dtype) -> jax.lax.Precision:
-    """float32 means float32 on every platform: no TF32, no bfloat16 passes."""
+    """Returns the precision of a product in `dtype`: float32 without TF32 and without bfloat16 passes."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
@@ -39,7 +60,13 @@ def matmul(x: Float[Array, "B T I"], kernel: Float[Array, "I O"]) -> Float[Array
 class Linear(nn.Module):
     """Maps [B, T, I] to x @ kernel + bias, computed in `dtype`; parameters are float32.
 
-    The output is placed on the mesh as `place` says and has the checkpoint name `kept_as`.
+    Attributes:
+      features: O, width of the output.
+      dtype: compute dtype.
+      place: how the output is split over the mesh.
+      kept_as: checkpoint name of the output.
+      use_bias: whether there is a bias.
+      kernel_init: distribution of the initial kernel.
     """
 
     features: int

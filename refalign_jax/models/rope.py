@@ -1,7 +1,8 @@
-"""Three-dimensional rotary positions and the sinusoid of the time, from tables made in float64.
+"""Three-dimensional rotary position embedding and the sinusoidal time embedding, from tables computed in float64.
 
-A pair of channels (2i, 2i+1) of an axis of width d turns by the angle position · theta^(-2i/d). A token at frame f,
-row h, column w turns its first K-2⌊K/3⌋ channels by f, the next ⌊K/3⌋ by h and the last ⌊K/3⌋ by w.
+Each axis (frame, row, column) has its own channels, d of them. Their pair (2i, 2i+1) is rotated by the angle
+position · theta^(-2i/d). Of a head's K channels, the first K-2⌊K/3⌋ are rotated by the token's frame, the next ⌊K/3⌋ by
+its row and the last ⌊K/3⌋ by its column.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from refalign_jax.config import DiTConfig
 from refalign_jax.types import Array, Float, Int
 
 Rotation = tuple[Float[Array, "#B _ 1 K"], Float[Array, "#B _ 1 K"]]
-"""Cosine and sine of each channel's angle; both channels of a pair hold the same."""
+"""Cosine and sine of each channel's angle, which is the same for both channels of a pair."""
 
 
 @functools.lru_cache(maxsize=8)
 def _angles(positions: int, width: int, theta: float) -> np.ndarray:
-    """Angles [positions, width] in float64, each pair's repeated."""
+    """Angles [positions, width] in float64, the same for both channels of a pair."""
     frequencies = theta ** (-np.arange(0, width, 2, dtype=np.float64) / width)
     return np.repeat(np.outer(np.arange(positions, dtype=np.float64), frequencies), 2, axis=-1)
 
@@ -30,10 +31,10 @@ def rotation(frames: Int[Array, "#B F"], rows: int, columns: int, config: DiTCon
     """Cosines and sines for a grid of tokens, frames outermost.
 
     Args:
-      frames: time position of each frame; the leading axis is 1 where samples share them.
-      rows: token rows, from position 0.
-      columns: token columns, from position 0.
-      config: for the widths of the three axes.
+      frames: position of each frame; the leading axis is 1 if all samples have the same.
+      rows: number of token rows; their positions start at 0.
+      columns: number of token columns; their positions start at 0.
+      config: gives the widths of the three axes.
 
     Returns:
       Two float32 arrays [B or 1, F·rows·columns, 1, K].
@@ -54,7 +55,7 @@ def rotation(frames: Int[Array, "#B F"], rows: int, columns: int, config: DiTCon
 
 
 def rotate(x: Float[Array, "B T N K"], turn: Rotation) -> Float[Array, "B T N K"]:
-    """Turns each pair of channels (a, b) to (a·cos - b·sin, b·cos + a·sin), in float32; returns x's dtype."""
+    """Rotates each pair of channels (a, b) to (a·cos - b·sin, b·cos + a·sin), in float32; returns x's dtype."""
     cos, sin = turn
     roll, product = _partner_by_roll, _partner_by_product
     partner = jax.lax.platform_dependent(x, cpu=roll, tpu=product, default=roll)
@@ -62,17 +63,17 @@ def rotate(x: Float[Array, "B T N K"], turn: Rotation) -> Float[Array, "B T N K"
 
 
 def _partner_by_roll(x: Float[Array, "B T N K"]) -> Float[Array, "B T N K"]:
-    """Of each pair of channels (a, b), (-b, a), in float32."""
+    """Maps each pair of channels (a, b) to (-b, a), in float32."""
     y = x.astype(jnp.float32)
     even = jnp.arange(x.shape[-1]) % 2 == 0
     return jnp.where(even, -jnp.roll(y, -1, axis=-1), jnp.roll(y, 1, axis=-1))
 
 
 def _partner_by_product(x: Float[Array, "B T N K"]) -> Float[Array, "B T N K"]:
-    """The same as a product with a matrix of one 1 or -1 a column, so exact.
+    """The same as a product with a matrix, exact because each column has a single entry, 1 or -1.
 
-    A TPU's vector unit can't shift lanes by one without writing the array to memory in another layout; its matrix unit
-    does this in passing.
+    On TPUs, shifting channels by one in the vector unit requires a copy of the array in another layout; the matrix unit
+    does it without one.
     """
     K = x.shape[-1]
     swap = np.zeros((K, K), np.float32)
@@ -85,15 +86,16 @@ def _partner_by_product(x: Float[Array, "B T N K"]) -> Float[Array, "B T N K"]:
 
 
 def time_sinusoid(t: Float[Array, " B"], width: int) -> Float[Array, "B width"]:
-    """[cos, sin] of t · 10000^(-i/half), half = width/2.
+    """The sinusoidal embedding of time: [cos, sin] of t · 10000^(-i/half), i < half = width/2.
 
     Args:
       t: float32 in [0, 1000].
       width: even.
 
     Returns:
-      float32, exact to 2e-7: the angle reaches 1,000, where float32 is 6e-5 coarse, so that the whole part of t looks
-      its cosine up in a table made in float64 and the fraction is added by the angle-sum identities.
+      The embedding, float32, exact to 2e-7. Angles reach 1,000, where the spacing of float32 is 6e-5. Therefore cosine
+      and sine of the integer part of t are looked up in tables computed in float64, and the fraction is added by the
+      angle-sum identities.
     """
     half = width // 2
     frequencies = 10000.0 ** (-np.arange(half, dtype=np.float64) / half)

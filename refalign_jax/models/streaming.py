@@ -1,8 +1,8 @@
-"""Codes a video chunk by chunk in time and tile by tile in space, in temporary memory that does not grow with T.
+"""Encodes or decodes a video in chunks of time and tiles of space, with temporary memory that does not grow with T.
 
-The network is a function of one chunk and of the memories of the chunks before it; here is the loop around it. Slices
-are read from the source and results written into place inside the loops, because stacking chunks outside would copy
-both whole videos.
+The network is a function of one chunk and of its memories of the earlier chunks; this module is the loop around it.
+Chunks are sliced from the source and results are written into place inside the loop, because stacking the chunks
+outside of it would copy both whole videos.
 """
 
 from __future__ import annotations
@@ -19,12 +19,20 @@ import numpy as np
 from refalign_jax.types import Array, Float
 
 Step = Callable[[Array, Mapping[str, Any], bool], tuple[Array, Mapping[str, Any]]]
-"""(chunk, memories, is it the first) -> (what it becomes, memories after it)."""
+"""(chunk, memories, whether it is the first) -> (the coded chunk, memories after it)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """Square tiles in pixels: their side and how many pixels neighbours share, over which they are blended."""
+    """Square tiles.
+
+    Attributes:
+      size: side of a tile, pixels.
+      overlap: pixels that neighbouring tiles share, at least, over which they are blended.
+
+    Raises:
+      ValueError: the overlap is negative or as large as a tile.
+    """
 
     size: int = 256
     overlap: int = 64
@@ -34,18 +42,18 @@ class Tiling:
             raise ValueError(f"overlap is {self.overlap}; it must be at least 0 and below the tile size {self.size}.")
 
 
-def _axis(cells: int, tile: int, overlap: int, unit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts one axis into equal tiles; the last is moved back to end where the axis ends.
+def cut_axis(cells: int, tile: int, overlap: int, unit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts one axis into n equal tiles, of which the last ends where the axis ends.
 
     Args:
       cells: length of the axis in latent cells.
       tile: length of a tile in cells.
-      overlap: cells that neighbours share, at least.
-      unit: positions of the result in a cell.
+      overlap: cells that neighbouring tiles share, at least.
+      unit: positions of the result per cell.
 
     Returns:
-      The tiles' first cells [n], and the weights [n, tile·unit] of their positions: linear over the overlaps, and
-      summing to one at each position of the axis.
+      The first cell of each tile [n], int32, and the weight of each of its positions [n, tile·unit], float32: linear
+      over the overlaps, with a sum of 1 at each position of the axis.
     """
     if cells <= tile:
         return np.zeros(1, np.int32), np.ones((1, cells * unit), np.float32)
@@ -72,26 +80,29 @@ def stream(
     cells: tuple[int, int],
     tiling: Tiling | None,
 ) -> Float[Array, "B T2 h2 w2 c2"]:
-    """Runs `step` over the chunks of time of each tile and adds what comes out into the result.
+    """Runs `step` over the chunks of each tile in order and sums the weighted tiles.
 
     Args:
       step: codes one chunk.
-      source: what is coded.
+      source: the video or latents to code.
       shape: shape of the result.
-      frames: frames of a chunk after the first, in the source and in the result.
-      cells: pixels or latents a latent cell measures, in the source and in the result.
-      tiling: None for one tile.
+      frames: frames per chunk after the first, in the source and in the result.
+      cells: positions per latent cell along rows and columns, in the source and in the result.
+      tiling: tiles; None for a single one.
 
     Returns:
-      The result in float32.
+      The result, float32.
+
+    Raises:
+      ValueError: size or overlap of the tiles is not a multiple of a latent cell.
     """
     rows, columns = source.shape[2] // cells[0], source.shape[3] // cells[0]
     side = max(cells)
     if tiling is not None and (tiling.size % side or tiling.overlap % side):
-        raise ValueError(f"tiles of {tiling.size} pixels sharing {tiling.overlap}: both must be multiples of {side}.")
+        raise ValueError(f"Tiling: size {tiling.size} and overlap {tiling.overlap} must be multiples of {side} pixels.")
     tile, overlap = (tiling.size // side, tiling.overlap // side) if tiling else (max(rows, columns), 0)
     window = (min(tile, rows) * cells[0], min(tile, columns) * cells[0])
-    down, across = _axis(rows, tile, overlap, cells[1]), _axis(columns, tile, overlap, cells[1])
+    down, across = cut_axis(rows, tile, overlap, cells[1]), cut_axis(columns, tile, overlap, cells[1])
     row, column = (index.reshape(-1) for index in np.indices((len(down[0]), len(across[0]))))
     chunks = (source.shape[1] - 1) // frames[0]
 

@@ -5,8 +5,8 @@ With x the residual stream, each block computes
     x += O · softmax(q kᵀ + b + m) v,   q, k, v = projections of RMS(x), no 1/√K,
     x += W₂ · (gelu_tanh(Wg RMS(x)) ⊙ W₁ RMS(x)),
 
-and a last RMS norm follows. RMS(x) = w · x / √(mean x² + eps), without mean or bias. b[n, i, j] is a learned number
-for head n and the bucket of the distance j − i; unlike in T5 every layer has a table of its own. m hides padding.
+and a last RMS norm follows. RMS(x) = w · x / √(mean x² + eps), without mean or bias. b[n, i, j] is a learned scalar
+for head n and the bucket of the distance j − i; unlike in T5, every layer has its own. m masks padding.
 
 Sources: Raffel et al. 2020 (arXiv 1910.10683), Chung et al. 2023 (UniMax, arXiv 2304.09151), Wan2.1's text encoder.
 """
@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from refalign_jax.models.by_head import attend_by_head
+from refalign_jax.models.layers import RMSNorm, init_stack, precision_of
 from refalign_jax.types import Array, Float, Int, Params
 
 MAX_TOKENS = 512
@@ -50,7 +51,7 @@ class UMT5Config:
       num_heads: N.
       num_layers: number of blocks.
       num_buckets: distance buckets of the position bias, half of them for each sign.
-      max_distance: distances from here on share the last bucket.
+      max_distance: all distances from this one on share the last bucket.
       eps: added to the mean square in the RMS norm.
       compute_dtype: dtype of the matrix products; norms, softmax and the residual stream are float32.
     """
@@ -95,41 +96,28 @@ def relative_buckets(num_tokens: int, num_buckets: int, max_distance: int) -> np
     half, exact = num_buckets // 2, num_buckets // 4
     distance = np.arange(num_tokens)[None, :] - np.arange(num_tokens)[:, None]
     size = np.abs(distance)
-    # In float32, as the original does: a distance at the edge of two buckets must fall to the same side.
+    # In float32 as in the original, so that a distance at the edge of two buckets falls into the same one.
     log_size = np.log(np.maximum(size, 1).astype(np.float32) / np.float32(exact))
     large = exact + (log_size / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)).astype(np.int32)
     bucket = np.where(size < exact, size, np.minimum(large, half - 1))
     return (bucket + half * (distance > 0)).astype(np.int32)
 
 
-class RMSNorm(nn.Module):
-    """T5's norm: scale · x / √(mean x² + eps), in float32, without mean subtraction or bias."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        """Returns float32 of the shape of `x`."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps) * scale
-
-
 class Block(nn.Module):
-    """Self-attention with a position bias of its own, then the gated feed-forward network."""
+    """Self-attention with its own position bias, then the gated feed-forward network."""
 
     config: UMT5Config
 
     def _dense(self, width: int, name: str) -> nn.Dense:
-        """A linear map without bias in the compute dtype; no TF32 where that is float32."""
-        precision = jax.lax.Precision.HIGHEST if self.config.compute_dtype == "float32" else None
-        return nn.Dense(width, use_bias=False, dtype=self.config.compute_dtype, precision=precision, name=name)
+        """A linear map without bias in the compute dtype."""
+        dtype = jnp.dtype(self.config.compute_dtype)
+        return nn.Dense(width, use_bias=False, dtype=dtype, precision=precision_of(dtype), name=name)
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B S D"], mask: Int[Array, "B S"], buckets: Int[Array, "S S"]
-    ) -> tuple[Float[Array, "B S D"], None]:
-        """Returns (x after the block, None), as `nn.scan` asks of a carry.
+    ) -> Float[Array, "B S D"]:
+        """Returns the residual stream after the block, float32.
 
         Args:
           x: residual stream, float32.
@@ -151,66 +139,67 @@ class Block(nn.Module):
 
         h = RMSNorm(config.eps, name="ffn_norm")(x)
         gate = jax.nn.gelu(self._dense(config.ffn_width, "ffn_gate")(h), approximate=True)
-        x = x + self._dense(config.width, "ffn_out")(gate * self._dense(config.ffn_width, "ffn_in")(h))
-        return x, None
+        return x + self._dense(config.width, "ffn_out")(gate * self._dense(config.ffn_width, "ffn_in")(h))
 
 
-class UMT5Encoder(nn.Module):
-    """Token embedding, the blocks (their parameters stacked on a leading layer axis and scanned), a last norm."""
+def init(config: UMT5Config, key: Array) -> dict[str, Any]:
+    """Initialises the encoder's parameters.
 
-    config: UMT5Config
+    Args:
+      config: sizes.
+      key: random key.
 
-    @nn.compact
-    def __call__(self, ids: Int[Array, "B S"], mask: Int[Array, "B S"]) -> Float[Array, "B S D"]:
-        """Encodes token ids.
+    Returns:
+      A nested dict, float32; the parameters of all blocks are stacked along a leading layer axis.
+    """
+    table_key, blocks_key, norm_key = jax.random.split(key, 3)
+    x, mask, buckets = jnp.zeros((1, 1, config.width)), jnp.ones((1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
+    return {
+        "token_embedding": nn.initializers.normal(1.0)(table_key, (config.vocab_size, config.width)),
+        "blocks": init_stack(Block(config), config.num_layers, blocks_key, x, mask, buckets),
+        "norm": RMSNorm(config.eps).init(norm_key, x)["params"],
+    }
 
-        Args:
-          ids: token ids in [0, vocab_size).
-          mask: 1 for tokens, 0 for padding, which no token attends to.
 
-        Returns:
-          Embeddings, float32. Rows of padding hold numbers without meaning; `encode` sets them to 0.
-        """
-        config = self.config
-        table = self.param("token_embedding", nn.initializers.normal(1.0), (config.vocab_size, config.width))
-        x = jnp.take(table, ids, axis=0).astype(jnp.float32)
-        buckets = jnp.asarray(relative_buckets(ids.shape[1], config.num_buckets, config.max_distance))
-        blocks = nn.scan(
-            Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=config.num_layers,
-        )
-        x, _ = blocks(config, name="blocks")(x, mask, buckets)
-        return RMSNorm(config.eps, name="norm")(x)
+@functools.partial(jax.jit, static_argnames="config")
+def encode_tokens(
+    params: Params, ids: Int[Array, "B S"], mask: Int[Array, "B S"], config: UMT5Config
+) -> Float[Array, "B S D"]:
+    """Encodes token ids, padding included.
+
+    Args:
+      params: as `init` returns them, in any float dtype; each layer is cast when it runs.
+      ids: token ids in [0, vocab_size); where they are split over devices by the batch, so is the work.
+      mask: 1 for tokens, 0 for padding, which no token attends to.
+      config: sizes and compute dtype.
+
+    Returns:
+      Embeddings, float32. Rows of padding have no meaning; `encode` sets them to 0.
+    """
+    x = jnp.take(params["token_embedding"], ids, axis=0).astype(jnp.float32)
+    buckets = jnp.asarray(relative_buckets(ids.shape[1], config.num_buckets, config.max_distance))
+
+    def run_block(x: Array, params: Params) -> tuple[Array, None]:
+        return cast(Array, Block(config).apply({"params": params}, x, mask, buckets)), None
+
+    x, _ = jax.lax.scan(run_block, x, params["blocks"])
+    return cast(Array, RMSNorm(config.eps).apply({"params": params["norm"]}, x))
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def encode(
     params: Params, ids: Int[Array, "B S"], mask: Int[Array, "B S"], config: UMT5Config
 ) -> Float[Array, "B S D"]:
-    """Encodes token ids and sets the embeddings of padding to 0, each sample by its own length.
-
-    Args:
-      params: parameters of `UMT5Encoder`; kept in the dtype given and cast a layer at a time.
-      ids: token ids in [0, vocab_size). Sharded over the batch, the work is too.
-      mask: 1 for tokens, 0 for padding.
-      config: sizes.
-
-    Returns:
-      Embeddings, float32.
-    """
-    embeddings = cast(Array, UMT5Encoder(config).apply({"params": params}, ids, mask))
-    return embeddings * (mask[..., None] > 0)
+    """Encodes token ids as `encode_tokens` does, and sets the rows of padding to 0."""
+    return encode_tokens(params, ids, mask, config) * (mask[..., None] > 0)
 
 
 def clean_prompt(prompt: str) -> str:
     """Prepares a prompt as Wan2.1 does: HTML entities decoded twice, quotes straight, whitespace single and trimmed.
 
-    Wan2.1 runs `ftfy.fix_text` first. Of it the curly quotes made straight are here, the one change that ordinary
-    English text meets. Left out: the repair of text decoded in the wrong encoding, ligatures and full-width letters
-    (UMT5's tokenizer folds these two by NFKC itself), terminal escapes and control characters.
+    Wan2.1 runs `ftfy.fix_text` first. Here, only its straightening of curly quotes is done, the one change that affects
+    ordinary English text. Not done: repairing text decoded in the wrong encoding, replacing ligatures and full-width
+    letters (UMT5's tokenizer does this itself, by NFKC), removing terminal escapes and control characters.
     """
     text = html.unescape(html.unescape(prompt.translate(_QUOTES)))
     return re.sub(r"\s+", " ", text).strip()
@@ -223,7 +212,7 @@ def load_tokenizer(name: str | Path) -> Any:
       name: a folder that holds the tokenizer's files, or its id on the hub, such as `google/umt5-xxl`.
 
     Raises:
-      ValueError: no tokenizer can be had there.
+      ValueError: there is no tokenizer, or the hub can't be reached.
     """
     from transformers import AutoTokenizer
 
@@ -239,11 +228,11 @@ def load_tokenizer(name: str | Path) -> Any:
 def tokenize(
     tokenizer: Any, prompts: Sequence[str], max_tokens: int = MAX_TOKENS
 ) -> tuple[Int[np.ndarray, "B S"], Int[np.ndarray, "B S"]]:
-    """Cleans prompts and turns them into ids, each closed by the end token, cut and padded to `max_tokens`.
+    """Cleans prompts and converts them to ids with an end token, truncated and padded to `max_tokens`.
 
     Args:
       tokenizer: as `load_tokenizer` returns it.
-      prompts: texts in any language; the empty one is the end token alone.
+      prompts: texts in any language; an empty text becomes the end token alone.
       max_tokens: S.
 
     Returns:
@@ -276,18 +265,18 @@ def encode_prompts(
     """Embeds prompts as the DiT takes them.
 
     Args:
-      params: parameters of `UMT5Encoder`.
+      params: as `init` returns them.
       prompts: texts, cleaned here.
       tokenizer: as `load_tokenizer` returns it.
       config: sizes.
-      max_tokens: S, to which every prompt is cut and padded.
-      sharding: how the prompts lie on the devices, such as one part of the batch each; None, on the default device.
+      max_tokens: S, to which every prompt is truncated and padded.
+      sharding: how the prompts are placed on devices, such as split by the batch; None: on the default device.
 
     Returns:
       (embeddings, lengths): float32, rows of padding 0; the number of tokens of each prompt, end token included.
 
     Raises:
-      ValueError: an id is beyond the vocabulary, so tokenizer and weights are not of one model.
+      ValueError: an id is beyond the vocabulary, so the tokenizer is not the encoder's; or as in `tokenize`.
     """
     ids, mask = tokenize(tokenizer, prompts, max_tokens)
     if ids.max() >= config.vocab_size:

@@ -1,18 +1,19 @@
 """Wan2.1's causal video VAE: pixels to normalised latents and back, in chunks of time.
 
-  encode: video [B, T, h, w, 3] in [-1, 1]  ->  z [B, F, H, W, C],  z = (mu(video) - mean_c) / std_c
-  decode: z  ->  video [B, T, h, w, 3], about [-1, 1] (clip it before showing it)
+    encode   video [B, T, h, w, 3] in [-1, 1]  ->  z [B, F, H, W, C],  z = (mu(video) - mean_c) / std_c
+    decode   z  ->  video [B, T, h, w, 3], about [-1, 1] (clip it before showing it)
 
-with T = 4k+1, F = k+1, H = h/8, W = w/8 for the published sizes; mu is the mean of the posterior, nothing is sampled.
+with T = 4k+1, F = k+1, H = h/8, W = w/8 for the published sizes. mu is the mean of the posterior; nothing is sampled.
 
-Every convolution in time is causal: an output frame sees its own and the two earlier input frames, zeros before the
-first. So a video can be cut into chunks, the first frame and then fours (one latent frame each), if every such
-convolution remembers the last two frames it saw. These memories are the flax collection "cache". The chunks run in
-`jax.lax.scan`, so temporary memory does not grow with T. Chunking is not only a saving, it is the definition: the
+Every convolution in time is causal: an output frame depends on its own and the two earlier input frames, which are zero
+before the first. So a video is processed in chunks, first one frame and then four at a time (one latent frame each),
+where each such convolution remembers the last two frames of its input. These memories are the flax collection "cache".
+The chunks run in `jax.lax.scan`, so that temporary memory does not grow with T. Chunks also define the result: the
 first frame skips the convolutions that halve and double the number of frames, and the doubling ones start from zeros
-at the second chunk as if the first had not been.
+at the second chunk, as if there had been no first one.
 
-In space a video can be cut into overlapping tiles, each coded alone and blended linearly; that is an approximation.
+In space, a video can be cut into overlapping tiles, which are coded separately and blended linearly; this is an
+approximation.
 
 Sources: Wan2.1 (arXiv 2503.20314) and its published code; diffusers' AutoencoderKLWan.
 """
@@ -28,8 +29,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from refalign_jax.models.layers import precision_of
 from refalign_jax.models.streaming import Tiling, stream
-from refalign_jax.types import Array, Float, Key, Params
+from refalign_jax.types import Array, Float, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,9 +41,9 @@ class VAEConfig:
     Attributes:
       width: channels of the first level.
       latent_channels: C.
-      width_multipliers: width of each level over `width`; between two levels rows and columns halve.
-      num_res_blocks: residual blocks of a level in the encoder; the decoder has one more.
-      temporal_downsample: whether the frames halve too, after each level but the last.
+      width_multipliers: width of each level as a multiple of `width`; between levels, rows and columns halve.
+      num_res_blocks: residual blocks per level in the encoder; the decoder has one more.
+      temporal_downsample: after each level but the last, whether the number of frames halves too.
       latent_mean: mean of each latent channel over the training data of Wan2.1.
       latent_std: its standard deviation.
       compute_dtype: dtype of convolutions and attention: "float32" or "bfloat16".
@@ -86,31 +88,31 @@ class VAEConfig:
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels a latent cell spans along rows and along columns (8)."""
+        """Pixels per latent cell along rows and along columns (8)."""
         return 2 ** (len(self.width_multipliers) - 1)
 
     @property
     def temporal_factor(self) -> int:
-        """Frames a latent frame spans, but for the first (4)."""
+        """Frames per latent frame after the first, which is one frame (4)."""
         return 2 ** sum(self.temporal_downsample)
 
     @property
     def dtype(self) -> Any:
-        """`compute_dtype` as JAX's."""
+        """`compute_dtype` as a JAX dtype."""
         return jnp.dtype(self.compute_dtype)
 
 
 def _convolve(
     frames: Float[Array, "n h w i"], kernel: Float[Array, "y x i o"], stride: int, padding: tuple[int, int]
 ) -> Float[Array, "n H W o"]:
-    """A 2-D convolution with float32 sums; float32 inputs are not rounded on accelerators."""
+    """A 2-D convolution, summed in float32; float32 inputs are not rounded on accelerators."""
     return jax.lax.conv_general_dilated(
         frames,
         kernel,
         window_strides=(stride, stride),
         padding=(padding, padding),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=jax.lax.Precision.HIGHEST if frames.dtype == jnp.float32 else None,
+        precision=precision_of(frames.dtype),
         preferred_element_type=jnp.float32,
     )
 
@@ -118,14 +120,14 @@ def _convolve(
 class Convolution(nn.Module):
     """A convolution over rows and columns and, causally, over frames.
 
-    Computed as the sum over the kernel's frames of 2-D convolutions, time folded into the batch: on CPUs faster than a
-    3-D convolution, and the kind of convolution that is tuned best on accelerators.
+    It is computed as a sum of 2-D convolutions over the kernel's frames, with time as part of the batch. This is faster
+    than a 3-D convolution on CPUs, and 2-D convolutions are the best tuned ones on accelerators.
 
     Attributes:
       features: output channels.
-      kernel: frames, rows, columns of the kernel; rows and columns are padded to keep the size unless `stride` is 2.
-      time_stride: 1, or 2 to halve the frames; the kernel's frames less the stride are remembered between chunks.
-      stride: 1, or 2 to halve rows and columns, which are then padded by one zero at their end alone.
+      kernel: frames, rows and columns of the kernel; unless `stride` is 2, padding preserves rows and columns.
+      time_stride: 1, or 2 to halve the frames; (kernel frames - stride) frames are remembered between chunks.
+      stride: 1, or 2 to halve rows and columns, which are then padded by one zero at their end only.
       dtype: compute dtype.
     """
 
@@ -137,7 +139,7 @@ class Convolution(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B t h w i"], first: bool = False) -> Float[Array, "B t2 h2 w2 o"]:
-        """Convolves one chunk; `first` says that it is one frame with nothing but zeros before it."""
+        """Convolves one chunk; `first` if it is the first frame, with only zeros before it."""
         taps = self.kernel[0]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (*self.kernel, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
@@ -147,7 +149,7 @@ class Convolution(nn.Module):
         if remembered:
             joined = jnp.concatenate([self.get_variable("cache", "frames", past) if not first else past, x], axis=1)
             self.put_variable("cache", "frames", joined[:, -remembered:])
-            if first:  # zeros times the earlier taps add nothing
+            if first:  # the earlier frames are zero, so that only the kernel's last frame contributes
                 kernel, taps = kernel[-1:], 1
             else:
                 x = joined
@@ -160,12 +162,12 @@ class Convolution(nn.Module):
         return total.astype(self.dtype).reshape(x.shape[0], steps, *total.shape[1:])
 
 
-class RMSNorm(nn.Module):
-    """x / |x|_2 · sqrt(channels) · scale, in float32."""
+class ChannelNorm(nn.Module):
+    """x / max(‖x‖₂, 1e-12) · √channels · scale over the last axis, in float32."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
-        """Normalises over the last axis."""
+        """Returns x normalised, in its shape and dtype."""
         scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],)).astype(jnp.float32)
         y = x.astype(jnp.float32)
         length = jnp.sqrt(jnp.sum(jnp.square(y), axis=-1, keepdims=True))
@@ -173,7 +175,7 @@ class RMSNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1×1×1 convolution on x where the channels change."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))); where the channels change, x passes through a 1×1×1 convolution."""
 
     features: int
     dtype: Any
@@ -181,15 +183,15 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B t h w i"], first: bool) -> Float[Array, "B t h w o"]:
         """Maps one chunk."""
-        y = Convolution(self.features, dtype=self.dtype, name="conv1")(nn.silu(RMSNorm(name="norm1")(x)), first)
-        y = Convolution(self.features, dtype=self.dtype, name="conv2")(nn.silu(RMSNorm(name="norm2")(y)), first)
+        y = Convolution(self.features, dtype=self.dtype, name="conv1")(nn.silu(ChannelNorm(name="norm1")(x)), first)
+        y = Convolution(self.features, dtype=self.dtype, name="conv2")(nn.silu(ChannelNorm(name="norm2")(y)), first)
         if x.shape[-1] != self.features:
             x = Convolution(self.features, kernel=(1, 1, 1), dtype=self.dtype, name="shortcut")(x)
         return x + y
 
 
 class FrameAttention(nn.Module):
-    """Self-attention with one head over the cells of each frame by itself."""
+    """Self-attention with one head among the cells of each frame."""
 
     dtype: Any
 
@@ -197,9 +199,9 @@ class FrameAttention(nn.Module):
     def __call__(self, x: Float[Array, "B t h w c"]) -> Float[Array, "B t h w c"]:
         """Adds the attention to x."""
         B, t, h, w, c = x.shape
-        qkv = Convolution(3 * c, kernel=(1, 1, 1), dtype=self.dtype, name="qkv")(RMSNorm(name="norm")(x))
+        qkv = Convolution(3 * c, kernel=(1, 1, 1), dtype=self.dtype, name="qkv")(ChannelNorm(name="norm")(x))
         q, k, v = jnp.split(qkv.reshape(B * t, h * w, 3 * c), 3, axis=-1)
-        precision = jax.lax.Precision.HIGHEST if self.dtype == jnp.float32 else None
+        precision = precision_of(self.dtype)
         scores = jnp.einsum("nqc,nkc->nqk", q, k, precision=precision, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores / math.sqrt(c), axis=-1).astype(self.dtype)
         y = jnp.einsum("nqk,nkc->nqc", weights, v, precision=precision)
@@ -207,7 +209,7 @@ class FrameAttention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves rows and columns and, where `temporal`, the frames: but a first chunk's one frame stays as it is."""
+    """Halves rows and columns and, if `temporal`, the number of frames, except the single frame of the first chunk."""
 
     temporal: bool
     dtype: Any
@@ -224,10 +226,10 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles rows and columns, halves the channels and, where `temporal`, doubles the frames after the first chunk.
+    """Doubles rows and columns, halves the channels and, if `temporal`, doubles the frames after the first chunk.
 
-    The doubling convolution makes 2c channels, two frames of c. Its memory does not hold the first chunk: frames
-    before the second count as zeros.
+    The doubling convolution computes 2c channels, which are two frames of c channels. Its memory excludes the first
+    chunk: for the second chunk, the earlier frames are zero.
     """
 
     temporal: bool
@@ -254,7 +256,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B t h w 3"], first: bool) -> Float[Array, "B 1 H W C"]:
-        """Maps the first frame (`first`) or the next `temporal_factor` frames; the collection "cache" moves on."""
+        """Maps the first frame (`first`) or the next `temporal_factor` frames, and updates the collection "cache"."""
         config, dtype = self.config, self.config.dtype
         widths = [config.width * multiplier for multiplier in config.width_multipliers]
         x = Convolution(config.width, dtype=dtype, name="conv_in")(x, first)
@@ -266,7 +268,7 @@ class Encoder(nn.Module):
         x = ResidualBlock(widths[-1], dtype, name="middle_block0")(x, first)
         x = FrameAttention(dtype, name="middle_attention")(x)
         x = ResidualBlock(widths[-1], dtype, name="middle_block1")(x, first)
-        x = nn.silu(RMSNorm(name="norm_out")(x))
+        x = nn.silu(ChannelNorm(name="norm_out")(x))
         x = Convolution(2 * config.latent_channels, dtype=dtype, name="conv_out")(x, first)
         moments = Convolution(2 * config.latent_channels, kernel=(1, 1, 1), dtype=dtype, name="moments")(x)
         return moments[..., : config.latent_channels]  # the rest is the logarithm of the variance
@@ -279,7 +281,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B 1 H W C"], first: bool) -> Float[Array, "B t h w 3"]:
-        """Maps the first latent frame to one frame, others to `temporal_factor`; the collection "cache" moves on."""
+        """Maps the first latent frame to one frame, others to `temporal_factor`, and updates the collection "cache"."""
         config, dtype = self.config, self.config.dtype
         widths = [config.width * multiplier for multiplier in reversed(config.width_multipliers)]
         x = Convolution(config.latent_channels, kernel=(1, 1, 1), dtype=dtype, name="latents")(x)
@@ -292,12 +294,20 @@ class Decoder(nn.Module):
                 x = ResidualBlock(width, dtype, name=f"level{level}_block{block}")(x, first)
             if level < len(widths) - 1:
                 x = Upsample(config.temporal_downsample[-1 - level], dtype, name=f"level{level}_up")(x, first)
-        x = nn.silu(RMSNorm(name="norm_out")(x))
+        x = nn.silu(ChannelNorm(name="norm_out")(x))
         return Convolution(3, dtype=dtype, name="conv_out")(x, first)
 
 
-def init(key: Key[Array, ""], config: VAEConfig) -> Params:
-    """Random float32 parameters {"encoder": ..., "decoder": ...}; `jax.eval_shape` of it gives the shapes alone."""
+def init(config: VAEConfig, key: Array) -> dict[str, Any]:
+    """Initialises the parameters.
+
+    Args:
+      config: sizes.
+      key: random key.
+
+    Returns:
+      {"encoder": ..., "decoder": ...}, float32.
+    """
     side = config.spatial_factor
     chunk = jnp.zeros((1, config.temporal_factor, side, side, 3))
     latent = jnp.zeros((1, 1, 1, 1, config.latent_channels))
@@ -314,16 +324,17 @@ def encode(
     """Encodes videos, or images as videos of one frame, into normalised latents.
 
     Args:
-      params: as `init` gives them; only "encoder" is read.
+      params: as `init` returns them; only "encoder" is used.
       video: RGB in [-1, 1], 4k+1 frames, rows and columns divisible by 8.
       config: sizes and compute dtype.
-      tiling: None, or tiles to encode one by one where the frames are larger than one.
+      tiling: tiles, encoded one by one; None: whole frames.
 
     Returns:
       (mu - latent_mean) / latent_std in float32.
 
     Raises:
-      ValueError: another rank, number of channels or frames, or size.
+      ValueError: the video has another rank or number of channels, or its frames, rows or columns do not divide; or
+        the tiles are not multiples of a cell.
     """
     side, span = config.spatial_factor, config.temporal_factor
     if video.ndim != 5 or video.shape[-1] != 3:
@@ -349,16 +360,17 @@ def decode(
     """Decodes normalised latents into videos.
 
     Args:
-      params: as `init` gives them; only "decoder" is read.
+      params: as `init` returns them; only "decoder" is used.
       latents: (mu - latent_mean) / latent_std.
       config: sizes and compute dtype.
-      tiling: None, or tiles to decode one by one where the frames are larger than one.
+      tiling: tiles, decoded one by one; None: whole frames.
 
     Returns:
       RGB in float32, 4(F-1)+1 frames, mostly in [-1, 1] and not clipped to it.
 
     Raises:
-      ValueError: another rank or number of channels, or nothing to decode.
+      ValueError: the latents have another rank or number of channels, or an axis of length 0; or the tiles are not
+        multiples of a cell.
     """
     side, span = config.spatial_factor, config.temporal_factor
     if latents.ndim != 5 or latents.shape[-1] != config.latent_channels or 0 in latents.shape:

@@ -1,20 +1,14 @@
-"""Verifies the VAE, UMT5 and DINOv3 against a folder of values; whichever of the three is there.
-
-Arrays are in PyTorch layout, channels second.
-"""
+"""Verifies the VAE, UMT5 and DINOv3 against a folder of values: those of the three whose weights it has."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from refalign_jax.config import DType
 from refalign_jax.convert.files import open_weights
@@ -22,124 +16,128 @@ from refalign_jax.encoders.dinov3 import load_dinov3
 from refalign_jax.encoders.umt5 import load_umt5
 from refalign_jax.encoders.wan_vae import load_vae
 from refalign_jax.models import dinov3, umt5, vae
-from refalign_jax.types import Params
-from refalign_jax.verify.report import Report
+from refalign_jax.verify.progress import run_tasks
+from refalign_jax.verify.report import Kind, Report
+from refalign_jax.verify.values import Values, channels_second
 
-FILES = ("vae.safetensors", "umt5.safetensors", "dinov3.safetensors")
-"""Weights that make a folder one of encoders."""
+KNOWN = {"vae_latents", "vae_decoded", "vae_image_latents", "t5_embeddings", "dino_tokens"}
+"""Names in values.npz that are compared."""
 
-_KNOWN = {
-    "vae_latents",
-    "vae_decoded",
-    "vae_image_latents",
-    "t5_embeddings",
-    "dino_tokens",
-}
-_INPUTS = {"vae_video", "vae_latent_mean", "vae_latent_std", "t5_ids", "t5_mask", "dino_pixels"}
+INPUTS = {"vae_video", "vae_latent_mean", "vae_latent_std", "t5_ids", "t5_mask", "dino_pixels"}
+"""Names in values.npz that others are computed from."""
 
 
-class EncodersCheck:
-    """One folder opened, and the comparisons over it."""
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A folder of values of encoders.
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], compute_dtype: DType, report: Report) -> None:
-        """Reads the values."""
-        self.folder, self.json, self.dtype, self.report = folder, config, compute_dtype, report
-        with np.load(folder / "values.npz") as file:
-            self.values = {name: file[name] for name in file.files}
+    Attributes:
+      values: inputs, and what the other framework computed from them.
+      compute_dtype: dtype of our matrix products.
+      report: receives the comparisons.
+    """
 
-    def run(self) -> None:
-        """Compares all that is there and remarks on names that are not known or belong to nothing."""
-        checks = {"vae": self._vae, "umt5": self._umt5, "dinov3": self._dinov3}
-        there = [name for name in checks if (self.folder / f"{name}.safetensors").is_file()]
-        for name in tqdm(there, desc="verify", unit="encoder"):
-            checks[name]()
-        compared = {row.name for row in self.report.rows}
-        for name in self.values:
-            if name in _KNOWN and name not in compared:
-                self.report.remarks.append(f"{name} was not compared: what it belongs to is not in the folder.")
-            elif name not in _KNOWN | _INPUTS:
-                self.report.remarks.append(f"values.npz holds {name!r}, which is none of the names verified.")
+    values: Values
+    compute_dtype: DType
+    report: Report
 
-    def _need(self, name: str) -> np.ndarray:
-        if name not in self.values:
-            raise ValueError(f"{self.folder / 'values.npz'} lacks {name!r}, which the values in it depend on.")
-        return self.values[name]
-
-    def _sizes(self, name: str) -> Mapping[str, Any]:
-        if name not in self.json:
-            raise ValueError(f"{self.folder / 'config.json'} lacks {name!r}, the sizes of {name}.safetensors.")
-        return self.json[name]
-
-    def _compare(self, name: str, ours: jax.Array, kind: Any = "forward") -> None:
-        if name in self.values:
-            theirs = self.values[name]
-            mine = np.asarray(ours, np.float32)
-            self.report.compare(name, np.moveaxis(mine, -1, 1) if theirs.ndim == 5 else mine, theirs, kind)
-
-    def _vae(self) -> None:
-        """Encodes the video, its first frame alone, and decodes the published latents."""
-        config = self._vae_config()
-        params = _device(load_vae(config, open_weights(self.folder / "vae.safetensors")))
-        encode, decode = (jax.jit(functools.partial(f, config=config)) for f in (vae.encode, vae.decode))
-        if "vae_latents" in self.values or "vae_image_latents" in self.values:
-            video = jnp.moveaxis(jnp.asarray(self._need("vae_video")), 1, -1)
-            self._compare("vae_latents", encode(params, video))
-            self._compare("vae_image_latents", encode(params, video[:, :1]))
-        if "vae_decoded" in self.values:
-            latents = jnp.moveaxis(jnp.asarray(self._need("vae_latents")), 1, -1)
-            self._compare("vae_decoded", decode(params, latents), "decode")
-
-    def _vae_config(self) -> vae.VAEConfig:
-        sizes = self._sizes("vae")
-        statistics = {
-            f"latent_{part}": tuple(self.values[f"vae_latent_{part}"].tolist())
-            for part in ("mean", "std")
-            if f"vae_latent_{part}" in self.values
-        }
-        try:
-            return vae.VAEConfig(
-                width=sizes["dim"],
-                latent_channels=sizes["z_dim"],
-                width_multipliers=tuple(sizes["dim_mult"]),
-                num_res_blocks=sizes["num_res_blocks"],
-                temporal_downsample=tuple(sizes["temporal_downsample"]),
-                compute_dtype=self.dtype,
-                **statistics,
-            )
-        except KeyError as error:
-            raise ValueError(f"{self.folder / 'config.json'}: 'vae' lacks {error}.") from error
-
-    def _umt5(self) -> None:
-        """Embeds the tokens; every row is compared, padding too, since the encoder computes it."""
-        sizes = self._sizes("umt5")
-        try:
-            config = umt5.UMT5Config(
-                vocab_size=sizes["vocab"],
-                width=sizes["dim"],
-                attention_width=sizes["dim_attn"],
-                ffn_width=sizes["dim_ffn"],
-                num_heads=sizes["num_heads"],
-                num_layers=sizes["num_layers"],
-                num_buckets=sizes["num_buckets"],
-                compute_dtype=self.dtype,
-            )
-        except KeyError as error:
-            raise ValueError(f"{self.folder / 'config.json'}: 'umt5' lacks {error}.") from error
-        ids, mask = (jnp.asarray(self._need(f"t5_{part}"), jnp.int32) for part in ("ids", "mask"))
-        params = _device(load_umt5(config, open_weights(self.folder / "umt5.safetensors")))
-        embeddings: Any = jax.jit(umt5.UMT5Encoder(config).apply)({"params": params}, ids, mask)
-        self._compare("t5_embeddings", embeddings)
-
-    def _dinov3(self) -> None:
-        """All tokens of normalised pixels: CLS, registers, patches."""
-        path = self.folder / "dinov3.json"
-        if not path.is_file():
-            raise ValueError(f"{self.folder} lacks dinov3.json, the config.json that transformers writes.")
-        config = dinov3.DINOv3Config.from_json(json.loads(path.read_text(encoding="utf-8")), self.dtype)
-        pixels = jnp.moveaxis(jnp.asarray(self._need("dino_pixels")), 1, -1)
-        params = _device(load_dinov3(config, open_weights(self.folder / "dinov3.safetensors")))
-        self._compare("dino_tokens", dinov3.encode_tokens(params, pixels, config))
+    def compare(self, name: str, ours: jax.Array, kind: Kind = "forward") -> None:
+        """Compares a value, if the folder has it; videos in PyTorch layout."""
+        if name in self.values.arrays:
+            theirs, mine = self.values.arrays[name], ours.astype(jnp.float32)
+            self.report.compare(name, channels_second(mine) if theirs.ndim == 5 else np.asarray(mine), theirs, kind)
 
 
-def _device(params: Params) -> Params:
-    return jax.tree.map(jnp.asarray, params)
+def check_encoders(values: Values, compute_dtype: DType, report: Report) -> None:
+    """Compares everything in a folder with weights of encoders.
+
+    Args:
+      values: the folder.
+      compute_dtype: dtype of our matrix products.
+      report: receives comparisons, and a remark on each name that is unknown or could not be compared.
+
+    Raises:
+      ValueError: config.json lacks an entry, weights are not those of their model, or an input is missing.
+    """
+    case = Case(values, compute_dtype, report)
+    run_tasks(
+        [
+            (name, functools.partial(check, case))
+            for name, check in CHECKS.items()
+            if (values.folder / f"{name}.safetensors").is_file()
+        ]
+    )
+    for name in values.arrays:
+        if name in KNOWN and name not in report.compared:
+            report.remarks.append(f"{name} was not compared: what it belongs to is not in the folder.")
+        elif name not in KNOWN | INPUTS:
+            report.remarks.append(f"values.npz holds {name!r}, which is none of the names verified.")
+
+
+def check_vae(case: Case) -> None:
+    """Compares latents of the video and of its first frame, and the video decoded from the folder's latents."""
+    values, config = case.values, vae_config(case)
+    params = jax.device_put(load_vae(config, open_weights(values.folder / "vae.safetensors")))
+    encode, decode = (jax.jit(functools.partial(f, config=config)) for f in (vae.encode, vae.decode))
+    if "vae_latents" in values.arrays or "vae_image_latents" in values.arrays:
+        video = values.channels_last("vae_video")
+        case.compare("vae_latents", encode(params, video))
+        case.compare("vae_image_latents", encode(params, video[:, :1]))
+    if "vae_decoded" in values.arrays:
+        case.compare("vae_decoded", decode(params, values.channels_last("vae_latents")), "decode")
+
+
+def vae_config(case: Case) -> vae.VAEConfig:
+    """Reads sizes from config.json, and latent statistics from values.npz; without those, they are Wan2.1's."""
+    sizes, arrays = case.values.sizes("vae"), case.values.arrays
+    statistics = {
+        f"latent_{part}": tuple(arrays[f"vae_latent_{part}"].tolist())
+        for part in ("mean", "std")
+        if f"vae_latent_{part}" in arrays
+    }
+    return vae.VAEConfig(
+        width=sizes["dim"],
+        latent_channels=sizes["z_dim"],
+        width_multipliers=tuple(sizes["dim_mult"]),
+        num_res_blocks=sizes["num_res_blocks"],
+        temporal_downsample=tuple(sizes["temporal_downsample"]),
+        compute_dtype=case.compute_dtype,
+        **statistics,
+    )
+
+
+def check_umt5(case: Case) -> None:
+    """Compares the embeddings of token ids, those of padding too, since the encoder computes them."""
+    values, sizes = case.values, case.values.sizes("umt5")
+    config = umt5.UMT5Config(
+        vocab_size=sizes["vocab"],
+        width=sizes["dim"],
+        attention_width=sizes["dim_attn"],
+        ffn_width=sizes["dim_ffn"],
+        num_heads=sizes["num_heads"],
+        num_layers=sizes["num_layers"],
+        num_buckets=sizes["num_buckets"],
+        compute_dtype=case.compute_dtype,
+    )
+    ids, mask = (jnp.asarray(values.need(f"t5_{part}"), jnp.int32) for part in ("ids", "mask"))
+    params = jax.device_put(load_umt5(config, open_weights(values.folder / "umt5.safetensors")))
+    case.compare("t5_embeddings", umt5.encode_tokens(params, ids, mask, config))
+
+
+def check_dinov3(case: Case) -> None:
+    """Compares all tokens of normalised pixels: CLS, registers, patches.
+
+    Raises:
+      ValueError: there is no dinov3.json, or it is not this model's.
+    """
+    values = case.values
+    path = values.folder / "dinov3.json"
+    if not path.is_file():
+        raise ValueError(f"{values.folder} lacks dinov3.json, the config.json that transformers writes.")
+    config = dinov3.DINOv3Config.from_json(json.loads(path.read_text(encoding="utf-8")), case.compute_dtype)
+    params = jax.device_put(load_dinov3(config, open_weights(values.folder / "dinov3.safetensors")))
+    case.compare("dino_tokens", dinov3.encode_tokens(params, values.channels_last("dino_pixels"), config))
+
+
+CHECKS = {"vae": check_vae, "umt5": check_umt5, "dinov3": check_dinov3}
+"""What compares the values of an encoder, by the name of its weight file."""

@@ -1,41 +1,35 @@
-"""Recognises what a folder of values holds and verifies it."""
+"""Verifies a folder of values, whatever it holds."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from refalign_jax.config import DType
-from refalign_jax.verify.dit import DiTCheck
-from refalign_jax.verify.encoders import FILES, EncodersCheck
+from refalign_jax.verify.dit import check_dit
+from refalign_jax.verify.encoders import CHECKS, check_encoders
 from refalign_jax.verify.report import Profile, Report
+from refalign_jax.verify.values import open_values
 
 
 def verify(folder: Path, profile: Profile = "float32") -> Report:
-    """Computes and compares all that `folder` holds.
+    """Computes and compares all that `folder` holds; shows progress on stderr if that is a terminal.
 
     Args:
-      folder: config.json, values.npz and weights; see docs/verify.md.
+      folder: config.json, values.npz and weights, as docs/verify.md describes them.
       profile: tolerances and our compute dtype; `16bit` computes in bfloat16.
 
     Raises:
       ValueError: the folder lacks a file, or a file is not what its name says.
     """
-    if not folder.is_dir():
-        raise ValueError(f"The folder {folder} does not exist.")
-    for name in ("config.json", "values.npz"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is no folder of values: it lacks {name}.")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON: {error}.") from error
+    values, report = open_values(folder), Report(profile)
     compute_dtype: DType = "float32" if profile == "float32" else "bfloat16"
-    report = Report(profile)
+    weights = [f"{name}.safetensors" for name in CHECKS]
     if (folder / "weights.safetensors").is_file():
-        DiTCheck(folder, config, compute_dtype, report).run()
-    elif any((folder / name).is_file() for name in FILES):
-        EncodersCheck(folder, config, compute_dtype, report).run()
+        check_dit(values, compute_dtype, report)
+    elif any((folder / name).is_file() for name in weights):
+        check_encoders(values, compute_dtype, report)
     else:
-        raise ValueError(f"{folder} lacks weights.safetensors (of a transformer) and {', '.join(FILES)} (of encoders).")
+        raise ValueError(
+            f"{folder} lacks weights.safetensors (of a transformer) and {', '.join(weights)} (of encoders)."
+        )
     return report

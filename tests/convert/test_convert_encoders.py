@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,8 +11,8 @@ from refalign_jax.convert.dinov3 import dinov3_layers, dinov3_table
 from refalign_jax.convert.files import open_weights, write_weights
 from refalign_jax.convert.table import check, published_shapes, to_ours, to_published
 from refalign_jax.convert.umt5 import TIED, umt5_names, umt5_table, untied
-from refalign_jax.models import dinov3
-from refalign_jax.models.umt5 import UMT5Config, UMT5Encoder
+from refalign_jax.models import dinov3, umt5
+from refalign_jax.models.umt5 import UMT5Config
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 UMT5 = UMT5Config(vocab_size=256, width=32, attention_width=32, ffn_width=64, num_heads=4, num_layers=2)
@@ -21,13 +20,11 @@ DINO = dinov3.DINOv3Config.from_json(json.loads((GOLDEN / "encoders_a" / "dinov3
 
 
 def umt5_shapes(config):
-    tokens = jnp.zeros((1, 8), jnp.int32)
-    return jax.eval_shape(UMT5Encoder(config).init, jax.random.key(0), tokens, tokens)["params"]
+    return jax.eval_shape(lambda: umt5.init(config, jax.random.key(0)))
 
 
 def dinov3_shapes(config):
-    pixels = jnp.zeros((1, 32, 48, 3))
-    return jax.eval_shape(dinov3.DINOv3(config).init, jax.random.key(0), pixels)["params"]
+    return jax.eval_shape(lambda: dinov3.init(config, jax.random.key(0)))
 
 
 def manifest(name):

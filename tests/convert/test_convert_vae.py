@@ -19,7 +19,7 @@ NARROW = vae.VAEConfig(width=4)
 
 
 def shapes_of(config):
-    return jax.eval_shape(lambda: vae.init(jax.random.key(0), config))
+    return jax.eval_shape(lambda: vae.init(config, jax.random.key(0)))
 
 
 @dataclasses.dataclass

@@ -9,16 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refalign_jax.convert.dinov3 import dinov3_table
 from refalign_jax.convert.files import open_weights
-from refalign_jax.convert.table import to_ours
+from refalign_jax.encoders.dinov3 import load_dinov3
 from refalign_jax.models.dinov3 import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    DINOv3,
     DINOv3Config,
     encode,
     encode_tokens,
+    init,
     normalize,
 )
 
@@ -36,8 +35,7 @@ def relative_error(ours, theirs):
 
 @pytest.fixture(scope="module")
 def params():
-    shapes = jax.eval_shape(DINOv3(CONFIG).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    return to_ours(dinov3_table(CONFIG), shapes, open_weights(GOLDEN / "dinov3.safetensors"))
+    return load_dinov3(CONFIG, open_weights(GOLDEN / "dinov3.safetensors"))
 
 
 def test_golden_tokens(params):
@@ -75,7 +73,7 @@ def test_gated_shapes_without_biases():
         CONFIG, use_gated_mlp=True, hidden_act="silu", query_bias=False, value_bias=False, num_register_tokens=0
     )
     pixels = jax.random.normal(jax.random.key(0), (1, 32, 48, 3))
-    params = jax.jit(DINOv3(config).init)(jax.random.key(1), pixels)["params"]
+    params = jax.jit(init, static_argnums=0)(config, jax.random.key(1))
     assert "bias" not in params["blocks"]["query"]
     assert params["blocks"]["mlp_gate"]["kernel"].shape == (2, 32, 64)
     tokens = encode_tokens(params, pixels, config)

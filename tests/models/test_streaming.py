@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refalign_jax.models.streaming import Tiling, _axis, stream
+from refalign_jax.models.streaming import Tiling, cut_axis, stream
 
 
 @given(st.integers(1, 60), st.integers(2, 20), st.data())
 def test_weights_of_an_axis_sum_to_one(cells, tile, data):
     overlap = data.draw(st.integers(0, tile - 1))
     unit = data.draw(st.sampled_from([1, 8]))
-    starts, weights = _axis(cells, tile, overlap, unit)
+    starts, weights = cut_axis(cells, tile, overlap, unit)
     total = np.zeros(cells * unit)
     for start, weight in zip(starts, weights, strict=True):
         total[start * unit : start * unit + len(weight)] += weight
@@ -25,7 +25,7 @@ def test_weights_of_an_axis_sum_to_one(cells, tile, data):
 
 
 def test_overlaps_are_blended_linearly():
-    starts, weights = _axis(14, 8, 2, 2)
+    starts, weights = cut_axis(14, 8, 2, 2)
     np.testing.assert_array_equal(starts, [0, 6])
     np.testing.assert_allclose(weights[0, -4:], [0.875, 0.625, 0.375, 0.125])
     np.testing.assert_allclose(weights[1, :4], [0.125, 0.375, 0.625, 0.875])

@@ -10,14 +10,13 @@ import pytest
 from support import tiny
 
 from refalign_jax.convert.files import open_weights
-from refalign_jax.convert.table import to_ours
-from refalign_jax.convert.umt5 import umt5_table
+from refalign_jax.encoders.umt5 import load_umt5
 from refalign_jax.models.umt5 import (
     UMT5Config,
-    UMT5Encoder,
     clean_prompt,
     encode,
     encode_prompts,
+    encode_tokens,
     load_tokenizer,
     relative_buckets,
     tokenize,
@@ -37,8 +36,7 @@ def relative_error(ours, theirs):
 
 @pytest.fixture(scope="module")
 def params():
-    shapes = jax.eval_shape(UMT5Encoder(CONFIG).init, jax.random.key(0), IDS, MASK)["params"]
-    return to_ours(umt5_table(CONFIG), shapes, open_weights(GOLDEN / "umt5.safetensors"))
+    return load_umt5(CONFIG, open_weights(GOLDEN / "umt5.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +56,13 @@ def tokenizer(tmp_path_factory):
 
 
 def test_golden_embeddings(params):
-    raw = UMT5Encoder(CONFIG).apply({"params": params}, IDS, MASK)
-    assert relative_error(raw, EMBEDDINGS) <= 1e-5
+    assert relative_error(encode_tokens(params, IDS, MASK, CONFIG), EMBEDDINGS) <= 1e-5
     embeddings = encode(params, IDS, MASK, CONFIG)
     assert relative_error(embeddings, EMBEDDINGS * MASK[..., None]) <= 1e-5
     assert not np.asarray(embeddings)[MASK == 0].any()
 
 
-def test_what_stands_in_the_padding_does_not_matter(params):
+def test_ids_of_padding_do_not_matter(params):
     other = np.where(MASK > 0, IDS, 77)
     assert (other != IDS).any()
     np.testing.assert_array_equal(encode(params, IDS, MASK, CONFIG), encode(params, other, MASK, CONFIG))

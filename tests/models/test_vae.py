@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from refalign_jax.convert.files import open_weights
-from refalign_jax.convert.table import to_ours
-from refalign_jax.convert.vae import vae_table
+from refalign_jax.encoders.wan_vae import load_vae
 from refalign_jax.models import vae
 from refalign_jax.trees import count
 
@@ -40,8 +39,7 @@ def golden():
         num_res_blocks=sizes["num_res_blocks"],
         temporal_downsample=tuple(sizes["temporal_downsample"]),
     )
-    shapes = jax.eval_shape(lambda: vae.init(jax.random.key(0), config))
-    params = to_ours(vae_table(config), shapes, open_weights(GOLDEN / "vae.safetensors"))
+    params = load_vae(config, open_weights(GOLDEN / "vae.safetensors"))
     arrays = np.load(GOLDEN / "values.npz")
     values = {
         k[4:]: np.moveaxis(arrays[k], 1, -1) if arrays[k].ndim == 5 else arrays[k] for k in arrays if k[:4] == "vae_"
@@ -85,14 +83,14 @@ SMALL = vae.VAEConfig(
 @pytest.fixture(scope="module")
 def small():
     """(parameters, video of 9 frames of 16×24, its latents, what they decode to)."""
-    params = jax.jit(vae.init, static_argnames="config", compiler_options=QUICK)(jax.random.key(0), SMALL)
+    params = jax.jit(vae.init, static_argnames="config", compiler_options=QUICK)(SMALL, jax.random.key(0))
     video = jax.random.uniform(jax.random.key(1), (2, 9, 16, 24, 3), minval=-1.0)
     latents = encode(params, video, config=SMALL)
     return params, video, latents, decode(params, latents, config=SMALL)
 
 
 def test_full_size_has_the_published_number_of_parameters():
-    shapes = jax.eval_shape(lambda: vae.init(jax.random.key(0), vae.VAEConfig()))
+    shapes = jax.eval_shape(lambda: vae.init(vae.VAEConfig(), jax.random.key(0)))
     assert count(shapes) == 126_892_531
 
 
@@ -174,7 +172,7 @@ def test_tiles_are_coded_alone_and_blended_linearly(small):
 @pytest.mark.parametrize("function", ["encode", "decode"])
 def test_temporary_memory_does_not_grow_with_the_frames(function):
     """What XLA counts beside arguments and results, at 480×832, for 17 and for 81 frames."""
-    params = jax.eval_shape(lambda: vae.init(jax.random.key(0), SMALL))
+    params = jax.eval_shape(lambda: vae.init(SMALL, jax.random.key(0)))
     sizes = []
     for frames in (17, 81):
         shape = (1, frames, 480, 832, 3) if function == "encode" else (1, (frames - 1) // 4 + 1, 120, 208, 2)

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,14 +11,15 @@ transformers = pytest.importorskip("transformers")
 
 from refalign_jax.convert.dinov3 import dinov3_layers, dinov3_table
 from refalign_jax.convert.files import open_weights
-from refalign_jax.convert.table import check, published_shapes, to_ours
+from refalign_jax.convert.table import check, published_shapes
+from refalign_jax.encoders.dinov3 import load_dinov3
 from refalign_jax.models import dinov3
 
 GATED = {"use_gated_mlp": True, "hidden_act": "silu"}
 
 
 def shapes_of(config):
-    return jax.eval_shape(dinov3.DINOv3(config).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
+    return jax.eval_shape(lambda: dinov3.init(config, jax.random.key(0)))
 
 
 def random_model(published):
@@ -67,8 +67,7 @@ def test_encode_equals_transformers(tmp_path, options, height, width):
         expected = theirs(normalised).last_hidden_state[:, 1 + published.num_register_tokens :].numpy()
 
     config = dinov3.DINOv3Config.from_json(published.to_dict())
-    weights = open_weights(tmp_path)
-    params = to_ours(dinov3_table(config, dinov3_layers(weights.shapes)), shapes_of(config), weights)
+    params = load_dinov3(config, open_weights(tmp_path))
     ours = np.asarray(dinov3.encode(params, pixels, config))
     assert ours.shape == (len(pixels), height // 16, width // 16, config.width)
     assert np.linalg.norm(ours.reshape(expected.shape) - expected) / np.linalg.norm(expected) <= 1e-5
@@ -79,8 +78,8 @@ def test_encode_equals_transformers(tmp_path, options, height, width):
 )
 def test_presets_have_the_names_and_shapes_of_transformers(name):
     config = getattr(dinov3, name)
-    sizes = {key: getattr(config, ours) for ours, key in dinov3._PUBLISHED.items()}
-    options = {key: value for key, value in dataclasses.asdict(config).items() if key not in dinov3._PUBLISHED}
+    sizes = {key: getattr(config, ours) for ours, key in dinov3.PUBLISHED_FIELDS.items()}
+    options = {key: value for key, value in dataclasses.asdict(config).items() if key not in dinov3.PUBLISHED_FIELDS}
     del options["compute_dtype"]
     published = transformers.DINOv3ViTConfig(**sizes, **options)
     assert dinov3.DINOv3Config.from_json(published.to_dict()) == config

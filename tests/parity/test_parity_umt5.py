@@ -3,7 +3,6 @@
 import html
 import re
 
-import jax
 import numpy as np
 import pytest
 
@@ -11,9 +10,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from refalign_jax.convert.files import open_weights
-from refalign_jax.convert.table import to_ours
-from refalign_jax.convert.umt5 import umt5_names, umt5_table, untied
-from refalign_jax.models.umt5 import UMT5Config, UMT5Encoder, clean_prompt, encode, relative_buckets
+from refalign_jax.encoders.umt5 import load_umt5
+from refalign_jax.models.umt5 import UMT5Config, clean_prompt, encode, relative_buckets
 
 
 def test_narrow_encoder_with_padding(tmp_path):
@@ -29,9 +27,7 @@ def test_narrow_encoder_with_padding(tmp_path):
     config = UMT5Config(vocab_size=500, width=96, attention_width=64, ffn_width=160, num_heads=4, num_layers=3)
     ids = np.random.default_rng(0).integers(2, 500, (3, 300)).astype(np.int32)
     mask = (np.arange(300) < np.asarray([300, 7, 150])[:, None]).astype(np.int32)
-    shapes = jax.eval_shape(UMT5Encoder(config).init, jax.random.key(0), ids, mask)["params"]
-    weights = untied(open_weights(tmp_path))
-    params = to_ours(umt5_table(config, umt5_names(weights.shapes)), shapes, weights)
+    params = load_umt5(config, open_weights(tmp_path))
 
     with torch.inference_mode():
         expected = theirs(torch.tensor(ids, dtype=torch.long), attention_mask=torch.tensor(mask, dtype=torch.long))

@@ -9,6 +9,7 @@ import pytest
 from refalign_jax.convert.pickle_files import open_pickle_weights
 from refalign_jax.convert.table import to_ours, to_published
 from refalign_jax.convert.vae import vae_table
+from refalign_jax.encoders.wan_vae import load_vae
 from refalign_jax.models import vae
 from refalign_jax.trees import count, flatten
 
@@ -16,7 +17,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 CONFIG = vae.VAEConfig()
-SHAPES = jax.eval_shape(lambda: vae.init(jax.random.key(0), CONFIG))
+SHAPES = jax.eval_shape(lambda: vae.init(CONFIG, jax.random.key(0)))
 
 
 @dataclasses.dataclass
@@ -55,7 +56,7 @@ def theirs():
 
 @pytest.fixture(scope="module")
 def params(theirs):
-    return to_ours(vae_table(CONFIG, "diffusers"), SHAPES, StateDict(theirs.state_dict()))
+    return load_vae(CONFIG, StateDict(theirs.state_dict()))
 
 
 def test_size(params):

@@ -1,10 +1,8 @@
 """The verification tool: all golden values agree, and every kind of fault makes it fail."""
 
 import dataclasses
-import json
 import shutil
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,10 +10,11 @@ from safetensors.numpy import load_file, save_file
 
 from refalign_jax import alignment
 from refalign_jax.models.condition import Condition
-from refalign_jax.models.dit import all_tokens, observe
-from refalign_jax.verify import dit as verify_dit
+from refalign_jax.verify import forward, training
+from refalign_jax.verify.dit import INPUTS, open_case
 from refalign_jax.verify.folder import verify
 from refalign_jax.verify.report import Report
+from refalign_jax.verify.values import open_values
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def folder(golden, tmp_path):
 def keep(folder, *names):
     """Drops all values but the inputs and those named, so that a check of one thing is quick."""
     values = dict(np.load(folder / "values.npz"))
-    kept = {n: v for n, v in values.items() if verify_dit._INPUTS.fullmatch(n) or n in names}
+    kept = {n: v for n, v in values.items() if INPUTS.fullmatch(n) or n in names}
     np.savez(folder / "values.npz", **kept)
     for path in folder.glob("*.safetensors"):
         if path.stem not in ("weights", *names):
@@ -46,7 +45,7 @@ def test_every_golden_value_is_compared_and_agrees(golden, tmp_path):
     assert report.passed, [row for row in report.rows if not row.passed] + report.remarks
     compared = {row.name.split("[")[0] for row in report.rows}
     values = np.load(golden / "dit_a" / "values.npz")
-    assert {n for n in values if not verify_dit._INPUTS.fullmatch(n)} <= compared
+    assert {n for n in values if not INPUTS.fullmatch(n)} <= compared
     weights = set(load_file(golden / "dit_a" / "weights.safetensors"))
     assert {f"gradient {name}" for name in weights} | {f"update {name}" for name in weights} <= compared
 
@@ -70,19 +69,19 @@ def test_a_changed_weight_fails(folder):
 def test_a_missing_gate_fails(folder, monkeypatch):
     keep(folder, "step600_velocity", "step600_scalars")
     monkeypatch.setattr(alignment, "gate", lambda t, config: jnp.ones_like(t))
-    verify_dit._loss_terms.clear_cache()
+    forward.loss_terms.clear_cache()
     assert failing(folder) == ["step600_scalars[gate]", "step600_scalars[loss]"]
-    verify_dit._loss_terms.clear_cache()
+    forward.loss_terms.clear_cache()
 
 
 def test_no_weight_decay_fails(folder, monkeypatch):
     keep(folder, "weights_after_3_adamw", "adamw_losses")
-    monkeypatch.setitem(verify_dit.ADAMW, "weight_decay", 0.0)
-    verify_dit._update.clear_cache()
+    monkeypatch.setitem(training.ADAMW, "weight_decay", 0.0)
+    training.update.clear_cache()
     names = failing(folder)
     assert len(names) >= 10, "the norms, whose scales are near 1, feel the decay most"
     assert all(name.startswith("update ") for name in names)
-    verify_dit._update.clear_cache()
+    training.update.clear_cache()
 
 
 def test_a_name_that_is_not_known_or_not_compared_fails(folder):
@@ -96,15 +95,12 @@ def test_a_name_that_is_not_known_or_not_compared_fails(folder):
 
 def test_the_first_block_that_diverges_is_named(folder):
     name = "velocity_t437.5_refs1"
-    values = keep(folder, name)
-    config = json.loads((folder / "config.json").read_text())
-    check = verify_dit.DiTCheck(folder, config, "float32", Report("float32"))
-    x, references = check._latents("video_latents"), check._latents("reference_latents")[:, :1]
-    condition, config = Condition(jnp.asarray(values["text"]), references), check.config.dit
-    params = jax.tree.map(jnp.asarray, check.params["dit"])
-    _, states = observe(params, config, x, jnp.full((1,), 437.5), condition, all_tokens(config))
-    states = np.array(states)
-    np.savez(folder / "values.npz", **dict(np.load(folder / "values.npz")), **{f"{name}_blocks": states})
+    keep(folder, name)
+    case = open_case(open_values(folder), "float32", Report("float32"))
+    x, references = (case.values.channels_last(f"{name}_latents") for name in ("video", "reference"))
+    condition = Condition(jnp.asarray(case.values.need("text")), references[:, :1])
+    states = forward.block_tokens(case.params["dit"], case.config.dit, x, jnp.full((1,), 437.5), condition)
+    np.savez(folder / "values.npz", **case.values.arrays, **{f"{name}_blocks": states})
     assert verify(folder).passed
 
     weights = load_file(folder / "weights.safetensors")

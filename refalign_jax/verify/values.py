@@ -1,0 +1,95 @@
+"""A folder of another framework's values, opened. Its arrays are in PyTorch layout, channels second."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Entries(dict[str, Any]):
+    """A JSON object that reports a missing entry in one sentence.
+
+    Args:
+      entries: the object.
+      place: its file and, within it, the object's name.
+    """
+
+    def __init__(self, entries: Mapping[str, Any], place: str) -> None:
+        super().__init__(entries)
+        self.place = place
+
+    def __missing__(self, name: str) -> Any:
+        """Raises ValueError, naming the entry."""
+        raise ValueError(f"{self.place} lacks {name!r}; docs/verify.md lists its entries.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """What a folder holds beside its weights.
+
+    Attributes:
+      folder: its path.
+      config: config.json.
+      arrays: values.npz.
+    """
+
+    folder: Path
+    config: Entries
+    arrays: Mapping[str, np.ndarray]
+
+    def need(self, name: str) -> np.ndarray:
+        """Returns an array that others depend on.
+
+        Raises:
+          ValueError: it is missing.
+        """
+        if name not in self.arrays:
+            raise ValueError(f"{self.folder / 'values.npz'} lacks {name!r}, which the values in it depend on.")
+        return self.arrays[name]
+
+    def channels_last(self, name: str) -> jax.Array:
+        """Returns an array such as a video, [B, C, F, H, W] in the file, as [B, F, H, W, C]; errors as in `need`."""
+        return jnp.moveaxis(jnp.asarray(self.need(name)), 1, -1)
+
+    def sizes(self, name: str) -> Entries:
+        """Returns the sizes of an encoder, an object in config.json.
+
+        Raises:
+          ValueError: it is missing; later, when a size is looked up that it lacks.
+        """
+        return Entries(self.config[name], f"{self.config.place}: {name!r}")
+
+
+def open_values(folder: Path) -> Values:
+    """Reads config.json and values.npz.
+
+    Raises:
+      ValueError: the folder or one of the files is missing, or config.json is not a JSON object.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"The folder {folder} does not exist.")
+    for name in ("config.json", "values.npz"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is not a folder of values: it lacks {name}.")
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}; it must be an object.")
+    with np.load(folder / "values.npz") as file:
+        arrays = {name: file[name] for name in file.files}
+    return Values(folder, Entries(config, str(path)), arrays)
+
+
+def channels_second(x: jax.Array) -> np.ndarray:
+    """Returns an array in PyTorch layout: the inverse of `Values.channels_last`."""
+    return np.moveaxis(np.asarray(x), -1, 1)
