@@ -92,7 +92,7 @@ def test_forward_pass_counts_every_product(projector):
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_training_step_at_full_width(weight):
-    """Of the 1.3B model with two layers; the loss differentiates everything but inputs of the first layers."""
+    """The 1.3B model with two layers; the loss is differentiated by everything but the inputs of the first layers."""
     dit = dataclasses.replace(wan_1_3b(), num_layers=2, remat="none")
     model = ModelConfig(dit=dit, alignment=AlignmentConfig(num_blocks=1, weight=weight))
     shape = flops.Shape(grid=(21, 60, 104), references=3, text_length=512)

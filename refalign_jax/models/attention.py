@@ -53,18 +53,18 @@ def self_attention(
     lengths: Int[Array, " B"] | None,
     config: DiTConfig,
 ) -> tuple[Float[Array, "B _ N K"], ...]:
-    """Attends within a sequence that is held as several streams, one behind the other.
+    """Attends within a sequence that is stored as several streams, one after the other.
 
     Args:
       queries: rotated queries of each stream; on a mesh, tokens are split over the context axis.
       keys: rotated keys of each stream.
       values: values of each stream.
-      sizes: number of tokens of each stream; those behind pad it to a multiple of the context axis and take no part.
+      sizes: number of tokens of each stream; the rest is padding to a multiple of the context axis, and ignored.
       lengths: number of tokens of each sample's sequence that are attended to, of `sum(sizes)`; None: all.
       config: names the kernel and its tiles.
 
     Returns:
-      The attended values of each stream, in its shape; 0 behind `sizes`.
+      The attended values of each stream, in its shape; padding is 0.
     """
     padded = tuple(x.shape[1] for x in queries)
     parts = context_parts()
@@ -127,7 +127,7 @@ def attention(
     Args:
       q: queries.
       k: keys.
-      v: values; finite behind `lengths`, where they change nothing.
+      v: values; those of padding must be finite, and have no effect.
       lengths: number of keys that are attended to in each sample; None: all.
       kernel: `splash` (TPU), `cudnn` (NVIDIA, 16-bit), `xla`, or `auto`, the fastest one on the platform.
       tiles: tile sizes of the splash kernel.
@@ -143,11 +143,11 @@ def attention(
     with exact:
         fused: Literal["xla", "cudnn"] = "cudnn" if kernel == "cudnn" else "xla"
         out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=fused)
-    return out if kernel == "cudnn" else checkpoint_name(out, ATTENTION_OUTPUT)  # cuDNN's is kept by its primitive
+    return out if kernel == "cudnn" else checkpoint_name(out, ATTENTION_OUTPUT)  # cuDNN's is named by its primitive
 
 
 def _fast_kernel(dtype: jnp.dtype) -> AttentionKernel:
-    """The kernel of the platform that the mesh's devices, else the default ones, belong to."""
+    """The fastest kernel on the platform of the ambient mesh's devices or, without a mesh, of the default devices."""
     mesh = jax.sharding.get_abstract_mesh()
     platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
     if dtype == jnp.float32:
@@ -158,7 +158,7 @@ def _fast_kernel(dtype: jnp.dtype) -> AttentionKernel:
 def _splash(q: Array, k: Array, v: Array, lengths: Array | None, tiles: AttentionTiles) -> Array:
     """JAX's splash attention, a sample at a time, on sequences padded to whole tiles."""
     (B, Q, N, K), T = q.shape, k.shape[1]
-    padded_q, padded_kv = _padded(Q, tiles.q, tiles.backward_q), _padded(T, tiles.kv, tiles.backward_kv)
+    padded_q, padded_kv = padded_length(Q, tiles.q, tiles.backward_q), padded_length(T, tiles.kv, tiles.backward_kv)
     backward_q, backward_kv = min(tiles.backward_q, padded_q), min(tiles.backward_kv, padded_kv)
     blocks = splash.BlockSizes(
         block_q=min(tiles.q, padded_q),
@@ -183,7 +183,7 @@ def _splash(q: Array, k: Array, v: Array, lengths: Array | None, tiles: Attentio
     def heads_first(x: Array, size: int) -> Array:
         return jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
 
-    # Segment 0 holds all queries and the keys that count, segment 1 padding keys, which thus no query sees.
+    # Attention is within segments: segment 0 has all queries and the real keys, segment 1 the padding keys.
     segments = None
     if lengths is not None or padded_kv != T:
         ends = jnp.full((B,), T) if lengths is None else lengths
@@ -196,7 +196,7 @@ def _splash(q: Array, k: Array, v: Array, lengths: Array | None, tiles: Attentio
     return out.swapaxes(1, 2)[:, :Q].astype(q.dtype)
 
 
-def _padded(tokens: int, *tiles: int) -> int:
-    """Tokens of a sequence in whole tiles: a multiple of the largest, or the next power of two where that is less."""
+def padded_length(tokens: int, *tiles: int) -> int:
+    """Length of a sequence padded to whole tiles: a multiple of the largest tile, or a power of two if that is less."""
     unit = min(max(tiles), max(LANES, 1 << (tokens - 1).bit_length()))
     return -(-tokens // unit) * unit

@@ -57,19 +57,19 @@ def rotation(frames: Int[Array, "#B F"], rows: int, columns: int, config: DiTCon
 def rotate(x: Float[Array, "B T N K"], turn: Rotation) -> Float[Array, "B T N K"]:
     """Rotates each pair of channels (a, b) to (a·cos - b·sin, b·cos + a·sin), in float32; returns x's dtype."""
     cos, sin = turn
-    roll, product = _partner_by_roll, _partner_by_product
+    roll, product = partner_by_roll, partner_by_product
     partner = jax.lax.platform_dependent(x, cpu=roll, tpu=product, default=roll)
     return (x.astype(jnp.float32) * cos + partner * sin).astype(x.dtype)
 
 
-def _partner_by_roll(x: Float[Array, "B T N K"]) -> Float[Array, "B T N K"]:
+def partner_by_roll(x: Float[Array, "B T N K"]) -> Float[Array, "B T N K"]:
     """Maps each pair of channels (a, b) to (-b, a), in float32."""
     y = x.astype(jnp.float32)
     even = jnp.arange(x.shape[-1]) % 2 == 0
     return jnp.where(even, -jnp.roll(y, -1, axis=-1), jnp.roll(y, 1, axis=-1))
 
 
-def _partner_by_product(x: Float[Array, "B T N K"]) -> Float[Array, "B T N K"]:
+def partner_by_product(x: Float[Array, "B T N K"]) -> Float[Array, "B T N K"]:
     """The same as a product with a matrix, exact because each column has a single entry, 1 or -1.
 
     On TPUs, shifting channels by one in the vector unit requires a copy of the array in another layout; the matrix unit

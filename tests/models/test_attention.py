@@ -10,7 +10,7 @@ import pytest
 from support import tiny
 
 from refalign_jax.config import AttentionTiles, MeshConfig
-from refalign_jax.models.attention import _padded, attention, cross_attention, self_attention
+from refalign_jax.models.attention import attention, cross_attention, padded_length, self_attention
 from refalign_jax.sharding import make_mesh
 
 TILES = AttentionTiles(q=128, kv=256, kv_compute=128, backward_q=256, backward_kv=128, backward_kv_compute=128)
@@ -37,7 +37,7 @@ def test_splash_equals_plain_attention_forwards_and_backwards(fused):
         assert tiny.relative(ours, theirs) <= 1e-5
 
 
-def test_what_pads_the_keys_is_never_seen():
+def test_padding_keys_are_never_attended_to():
     q, k, v, noise = draw(2, 40, 2, 128)
     lengths = jnp.array([40, 25])
     hidden = (jnp.arange(40) >= lengths[:, None])[..., None, None]
@@ -71,11 +71,11 @@ def test_streams_on_a_mesh_equal_one_sequence(context, tensor):
 
 
 def test_sequences_are_padded_to_whole_tiles():
-    assert _padded(37_440, 1024, 1024) == 37_888
-    assert _padded(8_190, 512, 1024) == 8_192
-    assert _padded(512, 1024) == 512
-    assert _padded(300, 1024) == 512
-    assert _padded(5, 128, 256) == 128
+    assert padded_length(37_440, 1024, 1024) == 37_888
+    assert padded_length(8_190, 512, 1024) == 8_192
+    assert padded_length(512, 1024) == 512
+    assert padded_length(300, 1024) == 512
+    assert padded_length(5, 128, 256) == 128
 
 
 @pytest.mark.parametrize(("field", "value"), [("q", 100), ("kv", 192), ("kv_compute", 2048)])

@@ -164,7 +164,7 @@ def test_where_attention_is_kept_cudnn_computes_it_once(monkeypatch, remat, offl
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_ways_to_a_channels_partner_are_one(dtype):
     x = jax.random.normal(jax.random.key(0), (2, 3, 2, 12)).astype(dtype)
-    rolled, multiplied = rope._partner_by_roll(x), rope._partner_by_product(x)
+    rolled, multiplied = rope.partner_by_roll(x), rope.partner_by_product(x)
     np.testing.assert_array_equal(rolled, multiplied)
     np.testing.assert_array_equal(rolled[..., 0::2], -x[..., 1::2].astype(jnp.float32))
 
