@@ -24,21 +24,21 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from refalign_jax import flops
 from refalign_jax.atomic import write_text
 from refalign_jax.config import Config, DiTConfig, MeshConfig, RematPolicy
 from refalign_jax.devices import GIB, Chip, chip
 from refalign_jax.initial import model_shapes
-from refalign_jax.objective import Batch
 from refalign_jax.perf import hlo
 from refalign_jax.perf.progress import progress
 from refalign_jax.provenance import about
 from refalign_jax.sampling import sample
-from refalign_jax.sharding import BATCH, check_batch, check_heads, make_mesh, place_shapes, replicated
+from refalign_jax.sharding import check_batch, check_heads, make_mesh, place_shapes, replicated
+from refalign_jax.trainer.preflight import synthetic_spec
 from refalign_jax.trainer.state import state_shapes
-from refalign_jax.trainer.step import lower_step
+from refalign_jax.trainer.step import batch_shapes, lower_step
 from refalign_jax.trees import count
 
 Step = Literal["train", "sample"]
@@ -93,7 +93,7 @@ def lower(config: Config, mesh: Mesh, step: Step) -> jax.stages.Lowered:
     dit, data = config.model.dit, config.data
     check_heads(dit, mesh)
     check_batch(data.batch_size, config.optimizer.accumulation if step == "train" else 1, mesh)
-    batch = _batch_shapes(config, mesh)
+    batch = batch_shapes(config, synthetic_spec(config), mesh)
     if step == "train":
         empty = jax.ShapeDtypeStruct(batch.text.shape[1:], jnp.float32, sharding=replicated(mesh))
         return lower_step(state_shapes(config, mesh), batch, empty, config, mesh)
@@ -102,26 +102,6 @@ def lower(config: Config, mesh: Mesh, step: Step) -> jax.stages.Lowered:
     noise = jax.ShapeDtypeStruct(video.shape, jnp.float32, sharding=video.sharding)
     with jax.set_mesh(mesh):
         return sample.lower(params, noise, batch.condition, batch.condition, dit=dit, config=config.sampling)
-
-
-def _batch_shapes(config: Config, mesh: Mesh) -> Any:
-    """Returns a `Batch` of shapes and shardings."""
-    dit, data, grid = config.model.dit, config.data, config.synthetic.latent_grid
-    B, R = data.batch_size, data.max_references
-    _, rows, columns = dit.token_grid(*grid)
-
-    def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> Any:
-        return jax.ShapeDtypeStruct((B, *sizes), dtype, sharding=NamedSharding(mesh, BATCH))
-
-    return Batch(
-        video_latents=shape(*grid, dit.latent_channels),
-        text=shape(data.text_length, dit.text_width),
-        reference_latents=shape(R, *grid[1:], dit.latent_channels),
-        num_references=shape(dtype=jnp.int32),
-        subject_ids=shape(R, dtype=jnp.int32),
-        vfm_features=shape(R, rows * columns, config.model.alignment.vfm_width),
-        aligned=shape(dtype=jnp.bool_),
-    )
 
 
 def compile_ahead(

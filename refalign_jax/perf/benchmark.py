@@ -35,7 +35,7 @@ from refalign_jax.sharding import BATCH, check_batch, check_heads, make_mesh, re
 from refalign_jax.trainer import preflight
 from refalign_jax.trainer.preflight import example_shape, open_loader
 from refalign_jax.trainer.state import init_state, state_shapes
-from refalign_jax.trainer.step import as_batch, compile_step
+from refalign_jax.trainer.step import as_batch, batch_shapes, compile_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,11 +78,9 @@ def _train_runner(config: Config, mesh: Mesh) -> Runner:
     def loader() -> contextlib.closing[BatchIterator]:
         return contextlib.closing(open_loader(config.data, source, "train"))
 
-    with loader() as rows:
-        batch = as_batch(next(rows), mesh)
     shapes = state_shapes(config, mesh)
     program: Any
-    program, about = compile_step(shapes, batch, empty_text, config, mesh)
+    program, about = compile_step(shapes, batch_shapes(config, source.spec, mesh), empty_text, config, mesh)
     fresh = jax.jit(
         lambda key: init_state(random_params(config.model, key), key, config),
         out_shardings=jax.tree.map(lambda x: x.sharding, shapes),
