@@ -100,7 +100,11 @@ def _compared(folders: tuple[Path, ...]) -> str:
         raise ValueError(f"--compare names {len(folders)} dumps; name two.")
     from refalign_jax.perf import ahead, hlo
 
-    return "\n".join(hlo.compare(*((folder / ahead.HLO_FILE).read_text() for folder in folders)))
+    paths = [folder / ahead.HLO_FILE for folder in folders]
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"--compare: {path} does not exist; name two folders that --dump wrote.")
+    return "\n".join(hlo.compare(*(path.read_text() for path in paths)))
 
 
 def _table(files: tuple[Path, ...]) -> str:
@@ -112,6 +116,8 @@ def _table(files: tuple[Path, ...]) -> str:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     """The report, or the reports of a sweep, that --json wrote."""
+    if not path.is_file():
+        raise ValueError(f"--table: the report {path} does not exist; name files that --json wrote.")
     try:
         found = json.loads(path.read_text())
         reports = found if isinstance(found, list) else [found]

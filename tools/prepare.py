@@ -46,10 +46,19 @@ ENDINGS = {".jsonl": "jsonl"}
 
 
 def main(arguments: list[str], prog: str) -> None:
-    """Finds the kind of the records, parses and prepares."""
-    kind = ENDINGS.get(Path(arguments[0]).suffix) if arguments else None
-    if kind is not None:
-        arguments = [kind, *arguments]
+    """Finds the kind of the records, parses and prepares.
+
+    Raises:
+      ValueError: the kind is neither named nor shown by the file's ending.
+    """
+    if arguments and arguments[0] not in KINDS and not arguments[0].startswith("-"):
+        ending = Path(arguments[0]).suffix
+        if ending not in ENDINGS:
+            raise ValueError(
+                f"The ending of {arguments[0]} does not show what kind of records it holds; name the kind first, one "
+                f"of {', '.join(KINDS)}, as in: {prog} {next(iter(KINDS))} {arguments[0]} DATASET."
+            )
+        arguments = [ENDINGS[ending], *arguments]
     tyro.extras.subcommand_cli_from_dict(dict(KINDS), args=arguments, prog=prog, description=__doc__)
 
 

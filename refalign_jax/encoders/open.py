@@ -168,5 +168,6 @@ def _locate(choice: str, flag: str, stand_in: str) -> Path:
     """Returns the path that a choice names; `flag` and `stand_in` are for the message."""
     path = Path(choice)
     if not choice or not path.exists():
-        raise ValueError(f"{flag} is {choice!r}; give the folder or file of published weights, or {stand_in}.")
+        wrong = "does not exist" if choice else "names nothing"
+        raise ValueError(f"{flag} {choice!r} {wrong}; give the folder or file of published weights, or {stand_in}.")
     return path

@@ -88,6 +88,8 @@ def read_run(folder: Path) -> Run:
     Raises:
       ValueError: the folder is not a run's, or one of its files can't be read.
     """
+    if not folder.is_dir():
+        raise ValueError(f"The run {folder} does not exist; name the train.folder of a run.")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no run's folder: it has no config.json; name the train.folder of a run.")
     recipe = _read_json(folder / "config.json")

@@ -71,6 +71,20 @@ def test_faults_are_one_sentence(tmp_path, arguments, sentence):
     assert not (tmp_path / "d").exists()
 
 
+def test_the_kind_of_the_records_is_found_by_the_file_or_named(tmp_path):
+    """RECORDS.jsonl by itself, and any name after the kind; both give the same examples."""
+    records = write_records(tmp_path)
+    other = records.rename(tmp_path / "records.txt")
+    (tmp_path / "again.jsonl").write_text(other.read_text())
+    shards = []
+    for given, out in (((tmp_path / "again.jsonl",), "by_ending"), (("jsonl", other), "named")):
+        line = [sys.executable, str(ROOT / "tools/prepare.py"), *map(str, (*given, tmp_path / out, *STAND_INS, *SMALL))]
+        done = subprocess.run(line, capture_output=True, text=True, env=ENVIRONMENT)
+        assert done.returncode == 0, done.stderr
+        shards.append([shard.sha256 for shard in read_manifest(tmp_path / out).shards])
+    assert shards[0] == shards[1]
+
+
 def test_encoders_are_never_chosen_silently(tmp_path):
     done = run("records.jsonl", tmp_path / "d", "--vae", "dct", "--vfm", "daisy")
     assert done.returncode == 2
