@@ -89,10 +89,10 @@ def write_preview(path: Path, preview: Preview, made: Mapping[str, Any], codec: 
     image.save(path.with_suffix(".png"), pnginfo=info)
     if codec is None:
         return
-    from refalign_jax.data.video import to_pixels, write_video  # FFmpeg, which most runs don't need
+    from refalign_jax.data.video import write_latents  # FFmpeg, which most runs don't need
 
-    for i, latents in enumerate(preview.latents):
-        write_video(path.with_name(f"{path.name}-{i}.mp4"), to_pixels(codec.decode(latents[None])[0]), PREVIEW_FPS)
+    videos = [path.with_name(f"{path.name}-{i}.mp4") for i in range(len(preview.latents))]
+    write_latents(videos, preview.latents, codec, PREVIEW_FPS)
 
 
 def _row(frames: Float[np.ndarray, "N H W C"]) -> Float[np.ndarray, "h w rgb"]:
