@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import Annotated, Literal
 
 import tyro
 
 from refalign_jax.config.checks import check_num_frames, check_range, check_values
+
+SolverName = Literal["euler", "dpm++", "unipc"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,7 @@ class SamplingConfig:
         instead of one after the other.
     """
 
-    solver: Literal["euler", "dpm++", "unipc"] = "euler"
+    solver: SolverName = "euler"
     num_steps: int = 50
     shift: float = 5.0
     reference_guidance: float = 5.0
@@ -39,6 +42,7 @@ class SamplingConfig:
 
 DATASETS = "(default: the dataset's)"
 RUNS = "(default: the run's)"
+SOLVERS = f"{{{','.join(typing.get_args(SolverName))}}}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +63,10 @@ class GenerateConfig:
     """Frames of a video, 4k+1; without a dataset 81."""
     fps: float = 16.0
     """Frames per second in the file."""
+    solver: Annotated[SolverName | None, tyro.conf.arg(metavar=SOLVERS, help_behavior_hint=RUNS)] = None
+    """Solver of the sampling equation; of published weights euler."""
     num_steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=RUNS)] = None
-    """Number of Euler steps; of published weights 50."""
+    """Number of steps; of published weights 50."""
     shift: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=RUNS)] = None
     """Shift of the schedule; of published weights 5."""
     reference_guidance: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=RUNS)] = None

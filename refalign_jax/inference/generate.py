@@ -86,7 +86,8 @@ def open_generator(weights: str, config: GenerateConfig) -> Generator:
       ValueError: there are no weights, no encoders are named, or they don't fit each other.
     """
     run, source = _read_run(weights, config.ema)
-    changes = {name: getattr(config, name) for name in ("num_steps", "shift", "reference_guidance", "text_guidance")}
+    names = ("solver", "num_steps", "shift", "reference_guidance", "text_guidance")
+    changes = {name: getattr(config, name) for name in names}
     sampling = dataclasses.replace(run.sampling, **{name: v for name, v in changes.items() if v is not None})
     run = dataclasses.replace(run, sampling=sampling)
     codec, text, size = _open_encoders(run, config)
