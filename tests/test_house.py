@@ -19,7 +19,7 @@ import pytest
 from support.places import ROOT, environment
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("config", "trees", "types", "atomic", "devices", "version"),
+    ("config", "trees", "types", "atomic", "locks", "digests", "devices", "version"),
     ("provenance", "flops", "sharding", "command"),
     ("models",),
     ("alignment", "flow", "solvers"),
