@@ -19,7 +19,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
       path: of the file, local or `gs://`; its folder exists. A file that is there is replaced.
 
     Raises:
-      OSError: the file can't be written, naming `path`; what was there before stays.
+      OSError: the file can't be written, naming `path`; what was there before stays. An OSError without a number,
+        which is a sentence of this package, passes as it is.
     """
     final = epath.Path(path)
     temporary = final.parent / f".{final.name}.{os.getpid()}.partial"
@@ -30,6 +31,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
                 os.fsync(file.fileno())
         temporary.replace(final)
     except OSError as error:
+        if error.errno is None:
+            raise
         raise OSError(f"{final} can't be written: {error.strerror or error}.") from error
     finally:
         with contextlib.suppress(OSError):

@@ -38,7 +38,7 @@ XLA_FLAGS: dict[str, dict[str, str]] = {
         "xla_gpu_all_reduce_combine_threshold_bytes": "1073741824",
     },
 }
-"""By platform. None of them was measured here; tools/compile.py --flags tells what the TPU's change in a program."""
+"""Flags by platform. None was measured here; tools/compile.py --flags shows how the TPU's change a program."""
 
 NO_TPU = {
     "JAX_PLATFORMS": "cpu",

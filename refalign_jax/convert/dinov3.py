@@ -56,5 +56,5 @@ def dinov3_table(config: DINOv3Config, layers: Layers = "model.layer") -> list[E
 
 
 def dinov3_layers(shapes: Mapping[str, tuple[int, ...]]) -> Layers:
-    """Tells from the names in a file what those of the blocks begin with."""
+    """Finds what the names of the blocks in a file begin with."""
     return "layer" if any(name.startswith("layer.") for name in shapes) else "model.layer"

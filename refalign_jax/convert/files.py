@@ -1,23 +1,25 @@
-"""Weight files: safetensors in one file or in shards with an index, read and written a tensor at a time.
+"""Weight files: safetensors in one file or in shards with an index, read and written one tensor at a time.
 
-The safetensors library reads. It has no writer that streams (`save_file` wants every tensor in memory at once), so
-the few lines of the format's writing side stand here: 8 bytes of header length, a JSON header, the raw bytes.
+The safetensors library reads. It has no writer that streams (`save_file` needs every tensor in memory at once), so
+this module writes the format itself: 8 bytes of header length, a JSON header, the raw bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
-import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from refalign_jax.atomic import atomic_write
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -45,7 +47,7 @@ class SafetensorsWeights:
     files: Mapping[str, Path]
 
     def read(self, name: str) -> np.ndarray:
-        """Returns one tensor as stored, mapped into memory read-only: what is not looked at is not read."""
+        """Returns one tensor as stored, mapped into memory read-only: only the parts that are used are read."""
         path = self.files[name]
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -106,7 +108,7 @@ def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, np.dtype]
 
 
 def _open_shards(index: Path) -> SafetensorsWeights:
-    """Opens the shards that an index names and checks that they hold what it says."""
+    """Opens the shards that an index names and checks that they hold the tensors it lists."""
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {name: index.parent / shard for name, shard in weight_map.items()}
@@ -139,8 +141,8 @@ def write_weights(
 ) -> list[Path]:
     """Writes tensors as safetensors, one at a time, whole or not at all.
 
-    Up to `max_shard_bytes` one file, `path`; beyond, `<stem>-00001-of-0000N.safetensors` and an index beside it, as
-    diffusers names them. Files appear under their names only after the last byte is on disk.
+    Up to `max_shard_bytes` there is one file, `path`; beyond, there are `<stem>-00001-of-0000N.safetensors` and an
+    index beside them, as diffusers names them. Files appear under their names only after the last byte is on disk.
 
     Args:
       path: the file to write, ending in `.safetensors`.
@@ -153,56 +155,58 @@ def write_weights(
       The files written.
 
     Raises:
-      ValueError: `path` exists, has another suffix, or its folder can't be written.
-      OSError: the disk is full; nothing is left behind.
+      ValueError: `path` exists or has another suffix.
+      OSError: the folder can't be written, or the disk is full; nothing is left behind.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: the name of a weight file must end in .safetensors.")
-    shards: list[dict[str, int]] = [{}]
-    for name, shape in shapes.items():
-        size = math.prod(shape) * dtypes[name].itemsize
-        if shards[-1] and sum(shards[-1].values()) + size > max_shard_bytes:
-            shards.append({})
-        shards[-1][name] = size
-    paths = [path]
-    if len(shards) > 1:
-        paths = [
-            path.with_name(f"{path.stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors") for i in range(len(shards))
-        ]
+    shards = _divide(shapes, dtypes, max_shard_bytes)
+    stems = [f"{path.stem}-{i + 1:05d}-of-{len(shards):05d}" for i in range(len(shards))]
+    paths = [path.with_name(f"{stem}.safetensors") for stem in stems] if len(shards) > 1 else [path]
     index = path.with_name(path.stem + INDEX_SUFFIX)
     targets = [*paths, index] if len(shards) > 1 else paths
     for target in targets:
         if target.exists():
             raise ValueError(f"{target} exists; it is not overwritten. Name another file or remove it.")
 
-    partial = {target: target.with_name(f".{target.name}.{os.getpid()}.partial") for target in targets}
-    stream = iter(tensors)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for shard, target in zip(shards, paths, strict=True):
-            with partial[target].open("wb") as file:
-                _write_header(file, shard, shapes, dtypes)
-                for name in shard:
-                    given, value = next(stream)
-                    assert (given, value.shape, value.dtype) == (name, shapes[name], dtypes[name]), (given, name)
-                    file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-                file.flush()
-                os.fsync(file.fileno())
-        if len(shards) > 1:
-            weight_map = {name: target.name for shard, target in zip(shards, paths, strict=True) for name in shard}
-            total = sum(sum(shard.values()) for shard in shards)
-            partial[index].write_text(
-                json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
-            )
-        for target, temporary in partial.items():
-            temporary.rename(target)
-    except OSError as error:
-        raise OSError(f"{path} could not be written: {error.strerror}; nothing was kept.") from error
-    finally:
-        for temporary in partial.values():
-            temporary.unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:  # the index, entered first, takes its name last
+        partial = {target: stack.enter_context(atomic_write(target)) for target in reversed(targets)}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stream = iter(tensors)
+            for shard, target in zip(shards, paths, strict=True):
+                with partial[target].open("wb") as file:
+                    _write_header(file, shard, shapes, dtypes)
+                    for name in shard:
+                        given, value = next(stream)
+                        assert (given, value.shape, value.dtype) == (name, shapes[name], dtypes[name]), (given, name)
+                        file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+            if len(shards) > 1:
+                partial[index].write_text(_index(shards, paths))
+        except OSError as error:
+            raise OSError(f"{path} could not be written: {error.strerror or error}; nothing was kept.") from error
     return targets
+
+
+def _divide(
+    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, np.dtype], max_shard_bytes: int
+) -> list[dict[str, int]]:
+    """Names and bytes of the tensors of each shard."""
+    shards: list[dict[str, int]] = [{}]
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtypes[name].itemsize
+        if shards[-1] and sum(shards[-1].values()) + size > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = size
+    return shards
+
+
+def _index(shards: Sequence[Mapping[str, int]], paths: Sequence[Path]) -> str:
+    """The index of a weight file in shards, as JSON."""
+    weight_map = {name: path.name for shard, path in zip(shards, paths, strict=True) for name in shard}
+    total = sum(sum(shard.values()) for shard in shards)
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
 
 
 def _write_header(

@@ -1,4 +1,4 @@
-"""Reads a transformer's size off the names and shapes of its published weights."""
+"""The size of a transformer, inferred from the names and shapes of its published weights."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig
 from refalign_jax.convert.dit import Names
 
 WAN_HEAD_WIDTH = 128
-"""Of every published Wan model; the number of heads is in no tensor's shape."""
+"""Width of a head in every published Wan model; no tensor's shape contains the number of heads."""
 
 
 def infer_names(shapes: Mapping[str, tuple[int, ...]]) -> Names:
-    """Whose names these are."""
+    """Which of the two sets of names a weight file uses."""
     return "diffusers" if any(name.startswith("condition_embedder.") for name in shapes) else "wan"
 
 
@@ -25,13 +25,13 @@ def infer_config(
     Args:
       shapes: of a weight file.
       source: its name, for the error.
-      num_heads: None, D / 128 as in every published Wan model.
+      num_heads: None for D / 128, as in every published Wan model.
 
     Returns:
-      The configuration, defaults where weights don't tell, and whether projectors are among the weights.
+      The configuration, with defaults for what no shape determines, and whether projectors are among the weights.
 
     Raises:
-      ValueError: a tensor that tells a size is not there, or has another rank: this is no Wan transformer.
+      ValueError: a tensor whose shape is needed is missing or has another rank: this is no Wan transformer.
     """
     text, time, ffn = {
         "wan": ("text_embedding.0", "time_embedding.0", "ffn.0"),

@@ -51,7 +51,7 @@ def umt5_table(config: UMT5Config, names: Names = "wan") -> list[Entry]:
 
 
 def umt5_names(shapes: Mapping[str, tuple[int, ...]]) -> Names:
-    """Tells from the names in a file whose they are; anything unknown is taken for Wan2.1's, and fails by name."""
+    """Finds whose names a file uses; unknown names count as Wan2.1's, and are then reported as unexpected."""
     return "transformers" if any(name.startswith(("encoder.block.", "shared.")) for name in shapes) else "wan"
 
 

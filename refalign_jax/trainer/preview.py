@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from refalign_jax.atomic import atomic_write
 from refalign_jax.config import Config
 from refalign_jax.data.colours import principal_colours
 from refalign_jax.encoders.interface import VideoCodec
@@ -80,13 +81,15 @@ def write_preview(path: Path, preview: Preview, made: Mapping[str, Any], codec: 
     """
     path.parent.mkdir(exist_ok=True)
     about = json.dumps(dict(made))
-    np.savez(path.with_suffix(".npz"), latents=preview.latents, about=about)
+    with atomic_write(path.with_suffix(".npz")) as temporary, temporary.open("wb") as file:
+        np.savez(file, latents=preview.latents, about=about)
     frames = np.linspace(0, preview.latents.shape[1] - 1, 3).astype(int)
     rows = [_row(np.concatenate([s[frames], v[frames], r])) for s, v, r in zip(*preview, strict=True)]
     image = Image.fromarray((np.concatenate(rows) * 255).astype(np.uint8))
     info = PngInfo()
     info.add_text("about", about)
-    image.save(path.with_suffix(".png"), pnginfo=info)
+    with atomic_write(path.with_suffix(".png")) as temporary, temporary.open("wb") as file:
+        image.save(file, "PNG", pnginfo=info)
     if codec is None:
         return
     from refalign_jax.data.video import write_latents  # FFmpeg, which most runs don't need

@@ -18,16 +18,16 @@ from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.table import to_ours
 from refalign_jax.convert.transfer import export_weights
+from refalign_jax.trainer.compare import plain_dicts
 from refalign_jax.trainer.log import read_metrics
 from refalign_jax.trainer.loop import train
 from refalign_jax.trees import flatten
-from tools.soak import _dicts
 
 
 def saved(folder: Path) -> dict[str, np.ndarray]:
     """All arrays of a run's newest checkpoint."""
     path, _ = find_checkpoint(folder)
-    return flatten({item: _dicts(read_arrays(path, item)) for item in ARRAYS})
+    return flatten({item: plain_dicts(read_arrays(path, item)) for item in ARRAYS})
 
 
 @pytest.fixture(scope="module")

@@ -36,12 +36,12 @@ from refalign_jax.data.shards import CorruptRecordError, ShardSource
 from refalign_jax.initial import model_shapes
 from refalign_jax.objective import objective
 from refalign_jax.sharding import make_mesh, replicated
+from refalign_jax.trainer.compare import differences
 from refalign_jax.trainer.log import read_metrics
 from refalign_jax.trainer.loop import train
 from refalign_jax.trainer.preflight import open_source
 from refalign_jax.trainer.state import init_state
 from refalign_jax.trainer.step import as_batch, batch_shapes, draw, drop_conditions, mean_gradient, train_step
-from tools.soak import differences
 
 EMA = 0.75
 
