@@ -304,29 +304,8 @@ RULES: tuple[Callable[[], list[str]], ...] = (
 )
 
 EXPECTED: dict[str, dict[str, int]] = {
-    "long_functions": {
-        "refalign_jax/convert/files.py": 1,
-    },
-    "private_imports": {
-        "tests/trainer/test_many_processes.py": 1,
-    },
-    "tools_imported_by_tests": {
-        "tests/tools/test_train_cli.py": 3,
-        "tests/trainer/test_many_processes.py": 1,
-        "tests/trainer/test_train.py": 1,
-    },
     "copies": {
         "refalign_jax/objective.py": 1,
-    },
-    "prose_that_begins_with_of": {
-        "refalign_jax/convert/infer.py": 1,
-    },
-    "banned_words": {
-        "refalign_jax/convert/dinov3.py": 1,
-        "refalign_jax/convert/infer.py": 2,
-        "refalign_jax/convert/umt5.py": 1,
-        "refalign_jax/devices.py": 1,
-        "tools/soak.py": 1,
     },
 }
 """Violations not yet mended: by rule, how many a file may have. It only ever shrinks."""
@@ -346,7 +325,10 @@ def test_rule(rule):
     ("imported", "absent"),
     [
         ("refalign_jax.config", ("jax", "flax", "grain", "orbax")),
-        ("refalign_jax.trainer.loop", ("matplotlib", "sklearn", "skimage", "PIL.ImageShow")),
+        (
+            "refalign_jax.trainer.loop",
+            ("matplotlib", "sklearn", "skimage", "transformers", "torch", "av", "PIL.ImageShow"),
+        ),
     ],
 )
 def test_imports_are_light(imported, absent):

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from refalign_jax.atomic import first_line
-from refalign_jax.convert.checkpoint import ARRAYS, JSONS, PathLike, absolute, array_handler, save_by_layer
+from refalign_jax.convert.checkpoint import ARRAYS, JSONS, PathLike, absolute, array_handler, one_error, save_by_layer
 from refalign_jax.types import Params
 
 
@@ -86,7 +86,9 @@ class Checkpoints:
             for name, tree in shapes.items()
         }
         try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items, progress=ocp.args.JsonRestore()))
+            with one_error():
+                every = ocp.args.Composite(**items, progress=ocp.args.JsonRestore())
+                restored = self._manager.restore(step, args=every)
         except Exception as error:
             others = [s for s in self._manager.all_steps() if s < step]
             before = f"from step {max(others)}" if others else "from the beginning"

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from refalign_jax import flops
@@ -145,6 +144,8 @@ class Log:
         self._record: dict[str, float] = {}
         if not enabled:
             return
+        from tensorboardX import SummaryWriter  # imports torch where it is installed
+
         folder = Path(config.folder)
         self.path = folder / "metrics.jsonl"
         _drop_after(self.path, done)
