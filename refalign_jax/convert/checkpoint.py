@@ -309,7 +309,8 @@ def _composite() -> ocp.CompositeCheckpointHandler:
 def _shapes(path: epath.Path, item: str) -> dict[str, Any]:
     """Names, shapes and dtypes of an item's arrays."""
     try:
-        return array_handler().metadata(path / item).tree
+        with one_error():
+            return array_handler().metadata(path / item).tree
     except Exception as error:
         raise ValueError(f"{path / item} can't be read ({first_line(error)}); the checkpoint is not whole.") from error
 
