@@ -145,8 +145,10 @@ class PrepareConfig:
     """Columns of videos and references, pixels."""
     num_frames: int = 81
     """Frames of a clip, 4k+1."""
+    fps: float = 0.0
+    """Frames of the clip a second, chosen by time whatever the video's rate; 0 chooses them by `stride`."""
     stride: int = 1
-    """Frames of the video from one frame of the clip to the next."""
+    """Frames of the video from one frame of the clip to the next where `fps` is 0: the video's rate / stride."""
     max_references: int = 3
     """References of a record that are used, the first ones."""
     seed: int = 0
@@ -178,7 +180,11 @@ class PrepareConfig:
         check_values(self)
         check_range(self, "height", "width", "num_frames", "stride", "examples_per_shard", least=1)
         check_range(self, "workers", "batch_size", "dct_channels", "word_width", least=1)
-        check_range(self, "max_references", "seed", "tile", least=0)
+        check_range(self, "max_references", "seed", "tile", "fps", least=0)
+        if self.fps and self.stride != 1:
+            raise ValueError(
+                f"PrepareConfig.stride={self.stride} has no effect beside fps={self.fps:g}; give one of them."
+            )
         check_num_frames(self)
         index, parts = self.part
         if not 1 <= index <= parts:
@@ -187,5 +193,5 @@ class PrepareConfig:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides an example's content beside the encoders, as JSON."""
-        names = ("height", "width", "num_frames", "stride", "max_references", "seed", "augment", "part")
+        names = ("height", "width", "num_frames", "fps", "stride", "max_references", "seed", "augment", "part")
         return json.loads(json.dumps({name: dataclasses.asdict(self)[name] for name in names}))

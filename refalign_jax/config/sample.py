@@ -61,8 +61,8 @@ class GenerateConfig:
     """Columns of a video, pixels; without a dataset 832."""
     num_frames: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=DATASETS)] = None
     """Frames of a video, 4k+1; without a dataset 81."""
-    fps: float = 16.0
-    """Frames per second in the file."""
+    fps: Annotated[float, tyro.conf.arg(help_behavior_hint=DATASETS)] = 0.0
+    """Frames per second in the file; 0 for the dataset's and, without a dataset, 16."""
     solver: Annotated[SolverName | None, tyro.conf.arg(metavar=SOLVERS, help_behavior_hint=RUNS)] = None
     """Solver of the sampling equation; of published weights euler."""
     num_steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint=RUNS)] = None
@@ -89,6 +89,6 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         """Refuses numbers that make no video."""
         check_values(self)
-        check_range(self, "height", "width", "num_frames", "fps", "batch_size", "fsdp", "num_steps", "shift", above=0)
-        check_range(self, "seed", least=0)
+        check_range(self, "height", "width", "num_frames", "batch_size", "fsdp", "num_steps", "shift", above=0)
+        check_range(self, "seed", "fps", least=0)
         check_num_frames(self)

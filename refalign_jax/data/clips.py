@@ -13,8 +13,8 @@ from PIL import Image
 from refalign_jax.config import PrepareConfig
 from refalign_jax.data.records import Record, Skipped, random_of, subject_ids
 from refalign_jax.data.references import load_reference
-from refalign_jax.data.video import probe, read_frames
-from refalign_jax.types import Int
+from refalign_jax.data.video import TICK, probe, read_frames
+from refalign_jax.types import Float, Int
 
 UNREADABLE_VIDEO = "the video can't be read"
 UNREADABLE_REFERENCE = "a reference can't be read"
@@ -43,13 +43,16 @@ def load_clip(record: Record, config: PrepareConfig) -> Clip | Skipped:
     """
     rng = random_of(record.id, config.seed)
     try:
-        info = probe(record.video)
-        first, end = record.frames or (0, info.num_frames)
-        available = min(end, info.num_frames) - first
-        chosen = choose_frames(available, config.num_frames, config.stride, rng)
+        first, end = record.frames or (0, None)
+        info = probe(record.video, end)
+        times = info.times[first:]
+        chosen = (
+            choose_by_time(times, config.num_frames, config.fps, rng)
+            if config.fps
+            else choose_frames(len(times) - 1, config.num_frames, config.stride, rng)
+        )
         if chosen is None:
-            detail = f"{record.video} has {max(available, 0)} frames of the clip; {config.num_frames} are needed."
-            return Skipped(id=record.id, reason=f"fewer than {config.num_frames} frames", detail=detail)
+            return _too_short(record, times, config)
         video = read_frames(record.video, chosen + first, record.crop)
     except ValueError as error:
         return Skipped(id=record.id, reason=UNREADABLE_VIDEO, detail=str(error))
@@ -66,11 +69,60 @@ def load_clip(record: Record, config: PrepareConfig) -> Clip | Skipped:
         subject_ids=subject_ids(used),
         metadata={
             **record.metadata,
-            "fps": info.fps / config.stride,
+            "fps": config.fps or _rate(times, chosen, info.fps, config.stride),
             "frames": (chosen + first).tolist(),
             "subjects": [reference.subject for reference in used],
         },
     )
+
+
+def _too_short(record: Record, times: Float[np.ndarray, " N+1"], config: PrepareConfig) -> Skipped:
+    """Says that a clip, whose frames are shown at `times`, is too short."""
+    T = config.num_frames
+    if config.fps:
+        length = times[-1] - times[0] if len(times) else 0.0
+        reason = f"shorter than {T} frames at {config.fps:g} a second"
+        detail = f"{record.video} shows the clip for {length:.2f} s; it must be above {(T - 1) / config.fps:.2f} s."
+    else:
+        reason = f"fewer than {T} frames"
+        detail = f"{record.video} has {max(len(times) - 1, 0)} frames of the clip; {T} are needed."
+    return Skipped(id=record.id, reason=reason, detail=detail)
+
+
+def _rate(times: Float[np.ndarray, " N+1"], chosen: Int[np.ndarray, " T"], fps: float, stride: int) -> float:
+    """Returns the average rate at which chosen frames were shown; `fps` is that of the video, 0 for unknown."""
+    steps, apart = len(chosen) - 1, chosen[-1] - chosen[0]
+    seconds = times[chosen[-1]] - times[chosen[0]]
+    if not apart:
+        return fps / stride
+    if seconds <= 0 or (fps and abs(apart / fps - seconds) <= TICK):
+        return float(fps * steps / apart)
+    return float(steps / seconds)
+
+
+def choose_by_time(
+    times: Float[np.ndarray, " N+1"], num_frames: int, fps: float, rng: np.random.Generator
+) -> Int[np.ndarray, " T"] | None:
+    """Chooses the frames of a clip of T frames at a rate of its own.
+
+    The clip starts at a random frame. Frame k of it is the one on display k/fps seconds later: the last one whose time
+    stamp is not above that, so a frame shown for longer than 1/fps is chosen more than once. Where the video's rate is
+    constant and a multiple of `fps`, the choice is that of `choose_frames` with this multiple as the stride.
+
+    Args:
+      times: seconds, when each frame is shown and when the last one ends.
+      num_frames: T.
+      fps: frames of the clip a second.
+      rng: draws the start.
+
+    Returns:
+      Frame numbers from 0 in ascending order; None for a video that ends before the clip would.
+    """
+    starts = np.flatnonzero(times[:-1] + (num_frames - 1) / fps + TICK < times[-1:])
+    if not len(starts):
+        return None
+    stamps = times[starts[rng.integers(len(starts))]] + np.arange(num_frames) / fps
+    return np.searchsorted(times[:-1], stamps + TICK, side="right") - 1
 
 
 def choose_frames(

@@ -7,13 +7,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from refalign_jax.data.files import check_file
+
 
 def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Yields the number, from 1, and the value of each line of a JSONL file; empty lines are skipped.
 
     Raises:
-      ValueError: no such file, or a line that is not JSON.
+      ValueError: no such file, one that is no regular file, or a line that is not JSON.
     """
+    check_file(path, "a JSONL file")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` would also cut at U+2028
     except (OSError, UnicodeDecodeError) as error:

@@ -174,7 +174,7 @@ def _check_settings(folder: epath.Path, config: PrepareConfig) -> None:
     """Raises ValueError if the folder has a dataset that was begun with other settings."""
     if not (folder / MANIFEST).exists():
         return
-    found = read_manifest(folder).made.get("settings", {})
+    found = {"fps": 0.0} | read_manifest(folder).made.get("settings", {})  # older datasets have no `fps`
     for name, value in config.settings.items():
         if found.get(name) != value:
             raise ValueError(

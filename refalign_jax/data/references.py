@@ -19,8 +19,9 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from refalign_jax.config import AugmentConfig
+from refalign_jax.data.images import read_image, read_mask
 from refalign_jax.data.records import Reference
-from refalign_jax.data.video import Box, cut_out, read_frames, read_image, read_mask, to_float
+from refalign_jax.data.video import Box, cut_out, make_square, read_stored_frame, to_float
 from refalign_jax.encoders.interface import VideoCodec
 from refalign_jax.types import Bool, Float
 
@@ -52,12 +53,13 @@ def load_reference(
       ValueError: a file can't be read, the mask has another size than the image or is empty, or a box reaches outside.
     """
     path, frame, mask = reference.path, reference.frame, reference.mask
-    image = read_image(path) if frame is None else read_frames(path, [frame])[0]
+    image, aspect = (read_image(path), 1.0) if frame is None else read_stored_frame(path, frame)
     image = cut_out(image, reference.crop, str(path))
     subject = cut_subject(
         image, mask if mask is None or isinstance(mask, np.ndarray) else read_mask(mask), reference.box, str(path)
     )
-    return put_on_white(*subject, height, width, augment if reference.own_clip else None, rng)
+    cut, inside = (make_square(part, aspect) for part in subject)
+    return put_on_white(cut, inside, height, width, augment if reference.own_clip else None, rng)
 
 
 def encode_references(images: UInt8[np.ndarray, "R h w 3"], codec: VideoCodec) -> Float[np.ndarray, "R H W C"]:

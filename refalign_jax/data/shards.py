@@ -16,6 +16,9 @@ from refalign_jax.atomic import first_line
 from refalign_jax.data.examples import parse
 from refalign_jax.data.manifest import Shard, read_manifest
 
+WAN_FPS = 16.0
+"""Frames a second at which Wan2.1 was trained and writes its videos."""
+
 
 class CorruptRecordError(ValueError):
     """A record can't be read; the message names its shard and its number in it."""
@@ -76,6 +79,23 @@ class ShardSource:
                 f"{self.folder / name}, record {place} (example {index}) can't be read: {first_line(error)}."
             ) from error
         return arrays, about
+
+
+def clip_fps(folder: str | os.PathLike[str]) -> float:
+    """Returns the frames a second of a dataset's clips.
+
+    They are those it was prepared with or, where it kept the videos' own rates, the median of the first examples'; 16,
+    Wan2.1's, where the videos did not say theirs.
+
+    Raises:
+      ValueError: no manifest, or examples that can't be read.
+    """
+    if fps := read_manifest(folder).made.get("settings", {}).get("fps"):
+        return float(fps)
+    source = ShardSource(folder)
+    rates = [source[index][1]["metadata"].get("fps") for index in range(min(len(source), 8))]
+    known = [rate for rate in rates if isinstance(rate, int | float) and rate > 0]
+    return float(np.median(known)) if known else WAN_FPS
 
 
 def verify_shards(folder: str | os.PathLike[str]) -> list[str]:

@@ -1,31 +1,33 @@
-"""Video and image files to RGB pixels, and frames or latents to MP4.
+"""Video files to RGB pixels, and frames or latents to MP4.
 
 Files give and take pixels p, uint8 in [0, 255]; networks take values v = p/127.5 − 1 in [-1, 1].
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fractions
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from refalign_jax.atomic import atomic_write
+from refalign_jax.data.decode import check_end, decode, open_video
+from refalign_jax.data.rgb import to_rgb
 from refalign_jax.encoders.interface import VideoCodec
-from refalign_jax.types import Bool, Float
+from refalign_jax.types import Float
 
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom in pixels; right and bottom are the first column and row outside."""
 
-_UNBIASED = 2 | 0x2000 | 0x40000
-"""FFmpeg's SWS_BILINEAR, SWS_FULL_CHR_H_INT and SWS_ACCURATE_RND; its faster default is one grey level too dark."""
+TICK = 1.5e-3
+"""Seconds by which time stamps may be off: containers round them, Matroska to whole milliseconds."""
 
 
 def to_float(pixels: UInt8[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:
@@ -61,83 +63,123 @@ def cut_out(image: np.ndarray, box: Box | None, what: str) -> np.ndarray:
     return image[top:bottom, left:right].copy()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class VideoInfo:
-    """What a video file's container says without decoding."""
+    """Which frames of a video file are shown, and when."""
 
-    num_frames: int
-    """Number of frames."""
+    times: Float[np.ndarray, " N+1"]
+    """Seconds, float64, ascending: when each frame is shown, from 0, and when the last one ends."""
     fps: float
-    """Frames a second on average; 0 where the file does not say."""
+    """Frames a second, on average where the rate varies; 0 where the file does not say."""
+
+    @property
+    def num_frames(self) -> int:
+        """N, the number of frames that are shown."""
+        return len(self.times) - 1
 
 
-@contextlib.contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Opens a file and its first video stream; errors of FFmpeg become one sentence."""
-    if not Path(path).is_file():
-        raise ValueError(f"{path} does not exist; expected a video.")
-    try:
-        # Metadata is not always UTF-8.
-        with av.open(os.fspath(path), metadata_errors="replace") as container:
-            if not container.streams.video:
-                raise ValueError(f"{path} has no video stream.")
-            yield container, container.streams.video[0]
-    except av.error.FFmpegError as error:
-        raise ValueError(f"{path} can't be decoded: {error.strerror or error}.") from error
+def probe(path: str | os.PathLike[str], most: int | None = None) -> VideoInfo:
+    """Counts a video's frames by decoding them, because containers often state other numbers than what is shown.
 
-
-def probe(path: str | os.PathLike[str]) -> VideoInfo:
-    """Counts a video's frames by reading its packets, because containers often state a wrong number.
+    Args:
+      path: a video in any format that FFmpeg decodes.
+      most: the number of frames after which to stop; None for all.
 
     Raises:
-      ValueError: no such file, not a video, or one whose end is missing.
+      ValueError: no such file, not a video, or one that is damaged or whose end is missing.
     """
-    with _opened(path) as (container, stream):
-        rate, promised = stream.average_rate, stream.frames
-        shown = [not packet.is_discard for packet in container.demux(stream) if packet.size and not packet.is_corrupt]
-    if len(shown) < promised:
-        raise ValueError(f"{path} is truncated: {len(shown)} of {promised} frames are there.")
-    return VideoInfo(num_frames=sum(shown), fps=float(rate) if rate else 0.0)
+    shown: list[tuple[float, float]] = []
+    with open_video(path) as (container, stream):
+        check_end(path, container, stream)
+        nominal = [float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
+        step = 1 / nominal[0] if nominal else 0.0
+        for frame in itertools.islice(decode(path, container, stream), most):
+            previous = shown[-1] if shown else (-step, step)
+            time = sum(previous) if frame.time is None else max(frame.time, previous[0] if shown else frame.time)
+            shown.append((time, float(frame.duration * (frame.time_base or 0)) or step))
+    if not shown:
+        raise ValueError(f"{path} shows no frame: none can be decoded.")
+    times = np.array([*(time for time, _ in shown), sum(shown[-1])])
+    return VideoInfo(times=times - times[0], fps=_rate(times[-2] - times[0], len(shown) - 1, nominal))
+
+
+def _rate(seconds: float, steps: int, nominal: Sequence[float]) -> float:
+    """Returns the rate of frames shown in a number of seconds: a nominal one if it agrees, else the average."""
+    for rate in nominal:
+        if abs(steps / rate - seconds) <= TICK:
+            return rate
+    return steps / seconds if seconds > 0 else next(iter(nominal), 0.0)
 
 
 def read_frames(
     path: str | os.PathLike[str], numbers: Sequence[int] | np.ndarray, crop: Box | None = None
 ) -> UInt8[np.ndarray, "N h w 3"]:
-    """Decodes chosen frames, and turns them upright where the file has a rotation.
+    """Decodes chosen frames, turned upright where the file has a rotation and with square pixels.
 
     Args:
       path: a video in any format that FFmpeg decodes.
-      numbers: frame numbers from 0, in any order.
-      crop: the region of each frame to return; None for all of it.
+      numbers: frame numbers from 0, in any order, as `probe` counts them.
+      crop: the region of each frame to return, in the file's own pixels; None for all of it.
 
     Returns:
       RGB in the order of `numbers`.
 
     Raises:
-      ValueError: the file can't be decoded, ends before a frame that is asked for, is damaged in one, or is smaller
-        than the crop.
+      ValueError: the file can't be decoded, ends before a frame that is asked for, is damaged up to the last one, is
+        smaller than the crop, or states pixels more than ten times as wide as high or the reverse.
     """
+    frames, aspect = _read_stored(path, numbers, crop)
+    return np.stack([make_square(frame, aspect) for frame in frames])
+
+
+def read_stored_frame(path: str | os.PathLike[str], number: int) -> tuple[UInt8[np.ndarray, "h w 3"], float]:
+    """Decodes one frame as `read_frames` does, in the file's own pixels, and returns their width over their height."""
+    frames, aspect = _read_stored(path, [number])
+    return frames[0], aspect
+
+
+def make_square(image: np.ndarray, aspect: float) -> np.ndarray:
+    """Enlarges an image or a mask so that its pixels become square.
+
+    Args:
+      image: uint8 [rows, columns, 3], or bool [rows, columns].
+      aspect: width of its pixels over their height.
+    """
+    rows, columns = image.shape[:2]
+    size = max(round(columns * aspect), columns), max(round(rows / aspect), rows)
+    if size == (columns, rows):
+        return image
+    smooth = Image.Resampling.NEAREST if image.dtype == bool else Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(image).resize(size, smooth))
+
+
+def _read_stored(
+    path: str | os.PathLike[str], numbers: Sequence[int] | np.ndarray, crop: Box | None = None
+) -> tuple[list[np.ndarray], float]:
+    """Decodes frames as `read_frames` does, in the file's own pixels, and returns their width over their height."""
     wanted = [int(number) for number in numbers]
     assert wanted, "no frame asked for"
     assert min(wanted) >= 0, wanted
     kept: dict[int, np.ndarray] = {}
-    count = 0
-    with _opened(path) as (container, stream):
-        stream.thread_type = "AUTO"
-        for count, frame in enumerate(container.decode(stream), start=1):
-            if frame.is_corrupt:
-                raise ValueError(f"{path} is damaged at frame {count - 1}.")
-            if count - 1 in wanted:
-                pixels = frame.to_ndarray(format="rgb24", interpolation=_UNBIASED)
-                upright = np.rot90(pixels, round(frame.rotation / 90))
-                kept[count - 1] = cut_out(upright, crop, str(path))
-            if count > max(wanted):
-                break
-    if len(kept) < len(set(wanted)):
-        raise ValueError(f"{path} ends after {count} frames; frame {max(wanted)} is asked for.")
+    count, last, chosen, turns = 0, max(wanted), set(wanted), 0
+    with open_video(path) as (container, stream):
+        aspect = float(stream.sample_aspect_ratio or 1)
+        for number, frame in enumerate(itertools.islice(decode(path, container, stream), last + 1)):
+            count = number + 1
+            if number in chosen:
+                turns = round(frame.rotation / 90)
+                try:
+                    upright = np.rot90(to_rgb(frame), turns)
+                except ValueError as error:
+                    raise ValueError(f"{path} can't be decoded: {error}.") from error
+                kept[number] = cut_out(upright, crop, str(path))
+    if len(kept) < len(chosen):
+        raise ValueError(f"{path} ends after {count} frames; frame {last} is asked for.")
     if len({frame.shape for frame in kept.values()}) > 1:
         raise ValueError(f"{path} changes its size between frames.")
-    return np.stack([kept[number] for number in wanted])
+    if not 0.1 <= aspect <= 10:
+        raise ValueError(f"{path} states pixels {aspect:g} times as wide as high; 0.1 to 10 would be right.")
+    return [kept[number] for number in wanted], 1 / aspect if turns % 2 else aspect
 
 
 def write_video(
@@ -208,49 +250,3 @@ def _encode(path: str, frames: UInt8[np.ndarray, "T h w 3"], fps: float, quality
             frame = av.VideoFrame.from_ndarray(array, format="rgb24")
             container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709")))
         container.mux(stream.encode())
-
-
-@contextlib.contextmanager
-def _image(path: str | os.PathLike[str], what: str) -> Iterator[Image.Image]:
-    """Opens an image, turned upright by its EXIF; errors of Pillow become one sentence."""
-    try:
-        with Image.open(path) as file:
-            yield ImageOps.exif_transpose(file)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist; expected {what}.") from error
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not {what} in a format that Pillow knows.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} can't be read as {what}: {str(error).rstrip('.')}.") from error
-
-
-def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
-    """Reads an image in any format that Pillow knows, turned upright by its EXIF; transparent pixels become white.
-
-    Raises:
-      ValueError: no such file, or not a whole image.
-    """
-    with _image(path, "an image") as image:
-        if image.mode.startswith("I;16"):  # Pillow would clip these at 255
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-        return np.asarray(image.convert("RGB"))
-
-
-def read_mask(path: str | os.PathLike[str]) -> Bool[np.ndarray, "h w"]:
-    """Reads a mask, true on the subject.
-
-    The subject is the pixels at least half as bright as the brightest one or, where opacity varies, half as opaque as
-    the most opaque one. So masks of 0 and 1, of 0 and 255, and of two colours of a palette are all read as intended. A
-    black mask is empty.
-
-    Raises:
-      ValueError: no such file, or not a whole image.
-    """
-    with _image(path, "a mask") as image:
-        values = np.asarray(image.convert("RGBA"))
-    opacity, brightness = values[..., 3], values[..., :3].max(-1)
-    level = opacity if opacity.min() < 255 else brightness
-    return (level > 0) & (2 * level.astype(np.int32) >= level.max())

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import UInt8
 from tqdm import tqdm
 
@@ -23,9 +24,10 @@ from refalign_jax.convert.checkpoint import find_checkpoint, read_json
 from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.infer import infer_config
 from refalign_jax.convert.load import initial_params
-from refalign_jax.data.manifest import read_manifest
+from refalign_jax.data.manifest import MANIFEST, read_manifest
 from refalign_jax.data.records import random_of
 from refalign_jax.data.references import encode_references, load_reference
+from refalign_jax.data.shards import WAN_FPS, clip_fps
 from refalign_jax.data.video import write_latents
 from refalign_jax.encoders.interface import TextEncoder, VideoCodec
 from refalign_jax.encoders.open import (
@@ -58,7 +60,7 @@ class Generator:
     size: tuple[int, int, int]
     """Frames, rows and columns of a video in pixels."""
     generate: GenerateConfig
-    """What was asked for; of it, negative prompt, seed, frame rate and batch size are used."""
+    """What was asked for, and the frame rate; of it, negative prompt, seed, frame rate and batch size are used."""
     mesh: jax.sharding.Mesh
     """The devices."""
 
@@ -69,6 +71,7 @@ class Generator:
             "weights": self.weights,
             "encoders": {"video": self.codec.describe(), "text": self.text.describe()},
             "size": list(self.size),
+            "fps": self.generate.fps,
             "sampling": dataclasses.asdict(self.config.sampling),
             "negative_prompt": self.generate.negative_prompt,
             "seed": self.generate.seed,
@@ -90,6 +93,7 @@ def open_generator(weights: str, config: GenerateConfig) -> Generator:
     changes = {name: getattr(config, name) for name in names}
     sampling = dataclasses.replace(run.sampling, **{name: v for name, v in changes.items() if v is not None})
     run = dataclasses.replace(run, sampling=sampling)
+    config = dataclasses.replace(config, fps=config.fps or _dataset_fps(run, config))
     codec, text, size = _open_encoders(run, config)
     _check_fit(run.model, codec, text, size)
     mesh = make_mesh(MeshConfig(fsdp=config.fsdp))
@@ -152,6 +156,14 @@ def _open_encoders(run: Config, config: GenerateConfig) -> tuple[VideoCodec, Tex
         for name, default in (("num_frames", 81), ("height", 480), ("width", 832))
     )
     return codec, text, (frames, rows, columns)
+
+
+def _dataset_fps(run: Config, config: GenerateConfig) -> float:
+    """Returns the frames a second of the dataset's clips, or 16 where no dataset is named or the run's is elsewhere."""
+    if config.dataset:
+        return clip_fps(config.dataset)
+    here = bool(run.data.path) and (epath.Path(run.data.path) / MANIFEST).exists()
+    return clip_fps(run.data.path) if here else WAN_FPS
 
 
 def _check_fit(model: ModelConfig, codec: VideoCodec, text: TextEncoder, size: tuple[int, int, int]) -> None:

@@ -13,7 +13,8 @@ from jaxtyping import UInt8
 from markupsafe import Markup
 from PIL import Image
 
-from refalign_jax.data.video import probe, read_frames, read_image
+from refalign_jax.data.images import read_image
+from refalign_jax.data.video import probe, read_frames
 from refalign_jax.report import content, figures
 from refalign_jax.report.content import Clip, Section, Still
 from refalign_jax.report.render import render

@@ -20,6 +20,7 @@ import jax
 
 from refalign_jax.config import Config, TrainConfig
 from refalign_jax.data.loader import Rows, Source
+from refalign_jax.data.shards import clip_fps
 from refalign_jax.trainer import distributed, preflight
 from refalign_jax.trainer.distributed import HangGuard
 from refalign_jax.trainer.held_out import held_out_batches, held_out_losses
@@ -152,7 +153,8 @@ def preview(state: TrainState, run: Run, done: int) -> None:
         drawn = draw_preview(state.ema or state.params, batch, run.empty_text, run.config)
     if jax.process_index() == 0:
         path = Path(run.config.train.folder) / "previews" / f"step-{done:08d}"
-        write_preview(path, drawn, run.made, run.codec)
+        fps = 16.0 if run.codec is None else clip_fps(run.config.data.path)
+        write_preview(path, drawn, run.made, run.codec, fps)
 
 
 def checkpoint(state: TrainState, run: Run, log: Log) -> None:

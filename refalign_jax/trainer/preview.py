@@ -26,9 +26,6 @@ from refalign_jax.objective import Batch
 from refalign_jax.sampling import sample
 from refalign_jax.types import Array, Float, Params
 
-PREVIEW_FPS = 16
-"""Frames per second of preview videos, as Wan2.1 writes its own."""
-
 
 class Preview(NamedTuple):
     """The first few samples of a batch and what they are compared with, as latents on the host.
@@ -70,7 +67,9 @@ def draw_preview(params: Params, batch: Batch, empty_text: Float[Array, "S text_
     return Preview(first_few(latents), first_few(batch.video_latents), first_few(batch.reference_latents))
 
 
-def write_preview(path: Path, preview: Preview, made: Mapping[str, Any], codec: VideoCodec | None = None) -> None:
+def write_preview(
+    path: Path, preview: Preview, made: Mapping[str, Any], codec: VideoCodec | None = None, fps: float = 16.0
+) -> None:
     """Writes a preview: <path>.png, its latents <path>.npz, and <path>-0.mp4 and so on.
 
     Args:
@@ -78,6 +77,7 @@ def write_preview(path: Path, preview: Preview, made: Mapping[str, Any], codec: 
       preview: what `draw_preview` returned.
       made: what `provenance.about` returned; it goes into the PNG and the NPZ.
       codec: decodes the samples to videos; None writes no videos.
+      fps: frames per second of the videos.
     """
     path.parent.mkdir(exist_ok=True)
     about = json.dumps(dict(made))
@@ -95,7 +95,7 @@ def write_preview(path: Path, preview: Preview, made: Mapping[str, Any], codec: 
     from refalign_jax.data.video import write_latents  # FFmpeg, which most runs don't need
 
     videos = [path.with_name(f"{path.name}-{i}.mp4") for i in range(len(preview.latents))]
-    write_latents(videos, preview.latents, codec, PREVIEW_FPS)
+    write_latents(videos, preview.latents, codec, fps)
 
 
 def _row(frames: Float[np.ndarray, "N H W C"]) -> Float[np.ndarray, "h w rgb"]:

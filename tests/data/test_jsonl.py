@@ -1,6 +1,7 @@
 """The JSONL source: what is read, and one sentence for every line that is not right."""
 
 import json
+import os
 
 import pytest
 
@@ -81,7 +82,7 @@ def test_a_line_that_is_not_right_is_told_in_a_sentence(tmp_path, line, message)
 
 
 def test_files_that_can_not_be_read(tmp_path):
-    with pytest.raises(ValueError, match=r"none\.jsonl can't be read as UTF-8 text: No such file"):
+    with pytest.raises(ValueError, match=r"none\.jsonl does not exist; expected a JSONL file"):
         read_jsonl(tmp_path / "none.jsonl")
     (tmp_path / "latin.jsonl").write_bytes(b"\xe9\n")
     with pytest.raises(ValueError, match=r"latin\.jsonl can't be read as UTF-8 text: .*invalid"):
@@ -94,3 +95,11 @@ def test_text_may_hold_unusual_line_separators(tmp_path):
     line = json.dumps(GOOD | {"prompt": "A\u2028cat\x85."}, ensure_ascii=False)
     (record,) = read_jsonl(written(tmp_path, line))
     assert record.prompt == "A\u2028cat\x85."
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"pipe is a FIFO, a socket or a device; expected a JSONL file\."):
+        read_jsonl(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r" is a folder; expected a JSONL file\."):
+        read_jsonl(tmp_path)

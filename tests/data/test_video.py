@@ -1,24 +1,11 @@
 """Files to pixels and back, and every way in which files are not what they should be."""
 
-import re
-
 import av
 import numpy as np
 import pytest
-from PIL import Image
 from support.footage import panned, photograph
 
-from refalign_jax.data.video import (
-    cut_out,
-    probe,
-    read_frames,
-    read_image,
-    read_mask,
-    to_float,
-    to_pixels,
-    write_latents,
-    write_video,
-)
+from refalign_jax.data.video import cut_out, probe, read_frames, to_float, to_pixels, write_latents, write_video
 from refalign_jax.encoders.dct import DCTCodec
 
 
@@ -163,56 +150,3 @@ def test_frames_that_can_not_be_written(tmp_path, frames, fps, message):
 def test_video_into_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(OSError, match=r"x\.mp4 can't be written: No such file"):
         write_video(tmp_path / "no" / "x.mp4", panned("cat", 1), 8)
-
-
-def test_image_is_turned_by_its_exif(tmp_path):
-    image = Image.fromarray(photograph("cat"))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned clockwise by 90 degrees
-    image.save(tmp_path / "cat.png", exif=exif)
-    np.testing.assert_array_equal(read_image(tmp_path / "cat.png"), np.rot90(photograph("cat"), -1))
-
-
-def test_images_of_every_mode(tmp_path):
-    grey = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
-    for mode in ("L", "P", "RGB", "CMYK"):
-        Image.fromarray(grey).convert(mode).save(tmp_path / f"{mode}.tif")
-        np.testing.assert_allclose(read_image(tmp_path / f"{mode}.tif"), grey[..., None].repeat(3, 2), atol=1)
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "16.png")[..., 1], grey)
-    clear = np.concatenate([photograph("cat"), np.full((96, 128, 1), 255, np.uint8)], -1)
-    clear[:40, :, 3] = 0
-    Image.fromarray(clear).save(tmp_path / "clear.png")
-    read = read_image(tmp_path / "clear.png")
-    assert (read[:40] == 255).all()
-    np.testing.assert_array_equal(read[40:], photograph("cat")[40:])
-
-
-def test_masks_of_every_kind(tmp_path):
-    expected = np.zeros((20, 30), bool)
-    expected[4:10, 5:25] = True
-    bright = Image.fromarray((expected * 255).astype(np.uint8))
-    labels = Image.fromarray(expected.astype(np.uint8))
-    palette = labels.copy()
-    palette.putpalette([0, 0, 0, 128, 0, 0])
-    alpha = Image.new("RGBA", (30, 20), (255, 255, 255, 255))
-    alpha.putalpha(bright)
-    for name, image in {"bright": bright, "bits": Image.fromarray(expected), "labels": labels, "alpha": alpha}.items():
-        image.save(tmp_path / f"{name}.png")
-        np.testing.assert_array_equal(read_mask(tmp_path / f"{name}.png"), expected, err_msg=name)
-    palette.save(tmp_path / "palette.png")
-    np.testing.assert_array_equal(read_mask(tmp_path / "palette.png"), expected)
-    Image.new("L", (30, 20)).save(tmp_path / "black.png")
-    assert not read_mask(tmp_path / "black.png").any()
-
-
-def test_files_that_are_no_images(tmp_path):
-    Image.fromarray(photograph("cat")).save(tmp_path / "cat.png")
-    (tmp_path / "half.png").write_bytes((tmp_path / "cat.png").read_bytes()[:9000])
-    (tmp_path / "text.png").write_text("not an image")
-    for name, message in [("none", "does not exist"), ("text", "in a format that Pillow knows"), ("half", "truncated")]:
-        for read, what in ((read_image, "an image"), (read_mask, "a mask")):
-            with pytest.raises(ValueError, match=rf"{name}\.png .*{message}") as caught:
-                read(tmp_path / f"{name}.png")
-            assert what in str(caught.value)
-            assert re.fullmatch(r"[^\n]+\.", str(caught.value))

@@ -5,7 +5,8 @@ import collections
 import numpy as np
 import pytest
 
-from refalign_jax.data.video import read_frames, read_image, to_float
+from refalign_jax.data.images import read_image
+from refalign_jax.data.video import read_frames, to_float
 from refalign_jax.demo import scenes as demo
 from refalign_jax.encoders.dct import DCTCodec
 

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import tiny
-from support.footage import photograph
+from support.footage import photograph, write_records
 
-from refalign_jax.config import GenerateConfig, ModelConfig
+from refalign_jax.config import GenerateConfig, ModelConfig, PrepareConfig
 from refalign_jax.convert.checkpoint import save_params
 from refalign_jax.convert.transfer import export_weights
-from refalign_jax.data.video import probe, read_frames, read_image
+from refalign_jax.data.images import read_image
+from refalign_jax.data.prepare import prepare
+from refalign_jax.data.sources.jsonl import read_jsonl
+from refalign_jax.data.video import probe, read_frames
 from refalign_jax.inference.generate import generate, open_generator
 from refalign_jax.inference.outputs import read_samples
 from refalign_jax.inference.requests import read_requests
@@ -128,6 +131,22 @@ def test_weights_that_are_none(tmp_path):
             open_generator(name, SMALL)
 
 
+@pytest.mark.parametrize(
+    ("prepared", "asked", "expected"), [({"fps": 12.0}, 0.0, 12), ({"stride": 2}, 0.0, 4), ({"fps": 12.0}, 24.0, 24)]
+)
+def test_the_frame_rate_is_the_datasets(weights, tmp_path, prepared, asked, expected):
+    settings = {"height": 32, "width": 48, "num_frames": 5, "dct_channels": 4, "word_width": MODEL.dit.text_width}
+    config = PrepareConfig(vae="dct", text_encoder="words", vfm="daisy", **settings, **prepared)
+    prepare(read_jsonl(write_records(tmp_path)), tmp_path / "d", config, {})
+    config = dataclasses.replace(SMALL, vae=None, fps=asked, dataset=str(tmp_path / "d"))
+    generator = open_generator(str(weights), config)
+    assert (generator.generate.fps, generator.made["fps"]) == (expected, expected)
+
+
+def test_without_a_dataset_the_frame_rate_is_wans(weights):
+    assert open_generator(str(weights), dataclasses.replace(SMALL, fps=0.0)).generate.fps == 16
+
+
 def test_a_reference_that_is_gone_is_named(weights, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "A cat.", "references": [{"image": "gone.png"}]}\n')
@@ -140,7 +159,7 @@ def test_a_reference_that_is_gone_is_named(weights, tmp_path):
     ("values", "message"),
     [
         ({"num_frames": 6}, r"num_frames=6 must be 4k\+1"),
-        ({"fps": 0}, "fps=0 must be positive"),
+        ({"fps": -1}, "fps=-1 must be at least 0"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
     ],
 )

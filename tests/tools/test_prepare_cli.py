@@ -58,7 +58,7 @@ def test_a_killed_command_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["none.jsonl", "d", *STAND_INS], "error: none.jsonl can't be read as UTF-8 text: No such file or directory."),
+        (["none.jsonl", "d", *STAND_INS], "error: none.jsonl does not exist; expected a JSONL file."),
         (["records.jsonl", "records.jsonl/d", *STAND_INS, *SMALL], "error: records.jsonl/d can't be written"),
     ],
 )

@@ -1,0 +1,113 @@
+"""The frames of a video file that are shown, in order; every fault of a file is one sentence.
+
+What is shown is what decodes: frames before the start that an edit list sets, frames of an open GOP whose references
+were cut off, and hidden frames are not. A file is damaged or truncated if its demuxer or its decoder says so; the
+number of frames that a header states decides nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+from av.stream import Disposition
+
+from refalign_jax.data.files import check_file
+
+MOST_PIXELS = 1 << 26
+"""Pixels of a frame, 8192x8192; decoders of larger ones are not started."""
+_DOLBY = ("dvh1", "dvhe", "dav1")
+"""Codec tags of Dolby Vision; its profile 5 has colours of its own, and names no transfer function."""
+_SEGMENT = bytes.fromhex("18538067")
+"""Matroska's element that holds everything after the file's head."""
+
+
+@contextlib.contextmanager
+def open_video(path: str | os.PathLike[str]) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """Opens a file and its first video stream that is no cover picture.
+
+    Raises:
+      ValueError: no such file, one that FFmpeg can't open or decode, without video, or with too large frames.
+    """
+    check_file(path, "a video")
+    try:
+        # Metadata is not always UTF-8.
+        with av.open(f"file:{os.fspath(path)}", metadata_errors="replace") as container:
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not streams:
+                raise ValueError(f"{path} has no video stream.")
+            stream = streams[0]
+            if stream.codec_context is None:
+                raise ValueError(f"{path} can't be decoded: its codec is unknown.")
+            if stream.codec_context.codec_tag in _DOLBY and stream.codec_context.color_trc in (0, 2):
+                raise ValueError(f"{path} is Dolby Vision without HDR10, HLG or SDR below it; its colours are unknown.")
+            if stream.width * stream.height > MOST_PIXELS:
+                raise ValueError(
+                    f"{path} has frames of {stream.width}x{stream.height}; at most {MOST_PIXELS} pixels are read."
+                )
+            stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
+            stream.thread_type = "AUTO"
+            yield container, stream
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{path} can't be decoded: {error.strerror or error}.") from error
+
+
+def decode(
+    path: str | os.PathLike[str], container: av.container.InputContainer, stream: av.VideoStream
+) -> Iterator[av.VideoFrame]:
+    """Yields the frames that are shown, in their order.
+
+    Decoding starts at the first key frame. Frames shown before it belong to a group whose start was cut off.
+
+    Raises:
+      ValueError: a packet or a frame is damaged.
+      av.error.FFmpegError: the decoder refuses a packet.
+    """
+    count, started, first = 0, False, None
+    for packet in container.demux(stream):
+        ends = packet.dts is None and not packet.size
+        if not started and packet.is_keyframe and packet.size:
+            started, first = True, packet.pts
+        if not (started and (packet.size or ends)):  # an empty packet repeats the frame before it
+            continue
+        if packet.is_corrupt:
+            raise ValueError(f"{path} is damaged or truncated after {count} frames.")
+        for frame in packet.decode():
+            if first is not None and frame.pts is not None and frame.pts < first:
+                continue
+            if frame.is_corrupt:
+                raise ValueError(f"{path} is damaged at frame {count}.")
+            count += 1
+            yield frame
+
+
+def check_end(path: str | os.PathLike[str], container: av.container.InputContainer, stream: av.VideoStream) -> None:
+    """Checks that a file reaches as far as its index or, in Matroska, its one segment does.
+
+    Raises:
+      ValueError: the file is truncated.
+    """
+    size = Path(path).stat().st_size
+    ends = [entry.pos + entry.size for entry in stream.index_entries if not entry.is_discard]
+    there = sum(end <= size for end in ends)
+    if there < len(ends):
+        raise ValueError(f"{path} is truncated: {there} of {len(ends)} frames are there.")
+    if "matroska" in container.format.name:
+        end = _segment_end(Path(path))
+        if end is not None and end > size:
+            raise ValueError(f"{path} is truncated: {size} of {end} bytes are there.")
+
+
+def _segment_end(path: Path) -> int | None:
+    """Returns where a Matroska file's segment ends, in bytes; None if the file does not say, as a live stream's."""
+    with path.open("rb") as file:
+        head = file.read(1024)
+    at = head.find(_SEGMENT) + len(_SEGMENT)
+    if at < len(_SEGMENT) or at >= len(head) or not head[at]:
+        return None
+    width = 9 - head[at].bit_length()  # the first byte's leading zeros count the bytes that follow
+    size = int.from_bytes(head[at : at + width], "big") & ((1 << 7 * width) - 1)
+    return None if size == (1 << 7 * width) - 1 else at + width + size

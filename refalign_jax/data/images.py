@@ -1,0 +1,94 @@
+"""Image files to pixels and masks. Values of 16 and 32 bits, whole or floating, are scaled and never clipped."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from refalign_jax.data.files import check_file
+from refalign_jax.types import Bool
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF", "JPEG2000")
+"""The formats that are read; Pillow decodes them in this process, whereas an EPS would start Ghostscript."""
+
+_WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+"""Pillow's modes of one channel of 16 or 32 bits; its own conversion would clip them at 255."""
+
+
+@contextlib.contextmanager
+def _image(path: str | os.PathLike[str], what: str) -> Iterator[tuple[Image.Image, str]]:
+    """Opens an image and turns it upright by its EXIF; yields it and its format. Faults become one sentence."""
+    check_file(path, what)
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            yield ImageOps.exif_transpose(file), str(file.format)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{path} is not {what} in a format that is read: {', '.join(FORMATS)}.") from error
+    except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise ValueError(f"{path} is too large for {what}; at most {most} pixels are read.") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} can't be read as {what}: {str(error).rstrip('.')}.") from error
+
+
+def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
+    """Reads the first picture of an image file, turned upright by its EXIF; transparent pixels become white.
+
+    Greys of 16 bits lie in [0, 65535], and so do all of a PGM of more than 8 bits. Other whole greys lie in [0, 255]
+    or, where one is larger, in [0, 65535]; floating ones lie in [0, 1] or in one of these two ranges.
+
+    Raises:
+      ValueError: no such file, not a whole image, one of too many pixels, or greys outside these ranges.
+    """
+    with _image(path, "an image") as (image, format):
+        if image.mode in _WIDE:
+            image = Image.fromarray(_to_bytes(np.asarray(image), image.mode.startswith("I;16") or format == "PPM"))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+        return np.asarray(image.convert("RGB"))
+
+
+def _to_bytes(greys: np.ndarray, sixteen_bits: bool) -> UInt8[np.ndarray, "h w"]:
+    """Scales greys to [0, 255].
+
+    Raises:
+      ValueError: greys that are not finite, below 0 or above 65535.
+    """
+    if greys.dtype.itemsize == 2:
+        return (greys // 257).astype(np.uint8)
+    low, high = greys.min(), greys.max()
+    if not (low >= 0 and high <= 65535):
+        raise ValueError(f"its greys go from {low:g} to {high:g}; they must lie in 0 to 1, 255 or 65535")
+    wide = sixteen_bits or high > 255
+    if greys.dtype.kind != "f":
+        return (greys // 257 if wide else greys).astype(np.uint8)
+    top = 1 if high <= 1 else 65535 if wide else 255
+    return np.rint(greys.astype(np.float64) * (255 / top)).astype(np.uint8)
+
+
+def read_mask(path: str | os.PathLike[str]) -> Bool[np.ndarray, "h w"]:
+    """Reads a mask, true on the subject.
+
+    The subject is the pixels at least half as bright as the brightest one or, where opacity varies, half as opaque as
+    the most opaque one. So masks of 0 and 1, of 0 and 255, and of two colours of a palette are all read as intended,
+    whatever their bits. A black mask is empty.
+
+    Raises:
+      ValueError: no such file, not a whole image, one of too many pixels, or values that are not finite.
+    """
+    with _image(path, "a mask") as (image, _):
+        if image.mode in _WIDE:
+            level = np.asarray(image).astype(np.float64)
+            if not np.isfinite(level).all():
+                raise ValueError("it holds values that are not finite")
+        else:
+            values = np.asarray(image.convert("RGBA"))
+            opacity, brightness = values[..., 3], values[..., :3].max(-1)
+            level = (opacity if opacity.min() < 255 else brightness).astype(np.float64)
+    return (level > 0) & (2 * level >= level.max())
