@@ -1,4 +1,4 @@
-"""The parameters that a fresh run or a sampler starts from: random, another run's, or published ones."""
+"""The parameters that a fresh run or a sampler starts from: random, those of a checkpoint, or published ones."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def initial_params(init: str, ema: bool, model: ModelConfig, shapes: Params, key
       key: for what is random.
 
     Returns:
-      The parameters, and a sentence on where they are from. Projectors that `init` lacks are random.
+      The parameters, and a sentence that states where they are from. Projectors that `init` lacks are random.
 
     Raises:
-      ValueError: `init` is neither, or holds another model: names and shapes are listed.
+      ValueError: `init` is none of these, or holds another model: names and shapes are listed.
     """
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     if not init:
@@ -46,12 +46,12 @@ def initial_params(init: str, ema: bool, model: ModelConfig, shapes: Params, key
         raise ValueError(f"train.init_ema: {init} is no training checkpoint, so it has no moving average.")
     else:
         params = _published(init, model, shapes)
-    said = f"Parameters are from {init}{', its moving average' if ema else ''}."
+    origin = f"Parameters are from {init}{', its moving average' if ema else ''}."
     if "projectors" in shapes and "projectors" not in params:
         fresh = jax.jit(lambda key: random_params(model, key)["projectors"], out_shardings=shardings["projectors"])
         params["projectors"] = fresh(key)
-        said += " It has no projectors; those are random."
-    return params, said
+        origin += " It has no projectors; those are random."
+    return params, origin
 
 
 def _is_checkpoint(path: str) -> bool:
@@ -76,7 +76,7 @@ def _published(weights: str, model: ModelConfig, shapes: Params) -> dict[str, An
 
 
 def _place(target: jax.ShapeDtypeStruct, leaf: Stored) -> Array:
-    """Reads one parameter onto the devices, block by block; done when it returns, so that the host holds no two."""
+    """Reads one parameter onto the devices, block by block; waits until it is there, so that the host holds one."""
     array = jax.make_array_from_callback(
         target.shape, target.sharding, lambda index: np.asarray(leaf[index or ()], target.dtype)
     )

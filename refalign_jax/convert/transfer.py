@@ -16,7 +16,8 @@ from refalign_jax.trees import count, flatten, unflatten
 def import_weights(weights: Path, checkpoint: Path, num_heads: int | None = None) -> str:
     """Reads published weights of a Wan transformer into a checkpoint of parameters; returns what was done.
 
-    The model's size is read off the shapes. Read and written layer by layer: two tensors are held, no more.
+    The model's size is inferred from the shapes. Weights are read and written layer by layer; see `import_params` for
+    the memory that takes.
 
     Raises:
       ValueError: the file is not whole, or not the weights of a Wan transformer, or `checkpoint` exists.
@@ -46,8 +47,8 @@ def export_weights(
 ) -> str:
     """Writes a checkpoint's transformer under published names; returns what was done.
 
-    Read and written layer by layer: a few copies of the largest layer's largest tensor are held, whatever the depth of
-    the model and by however many processes it was saved.
+    Weights are read and written layer by layer: memory holds a few copies of the largest layer's largest tensor,
+    whatever the depth of the model and the number of processes that saved it.
 
     Raises:
       ValueError: no checkpoint there, no projectors or moving average in it though asked for, or the file exists.
