@@ -24,9 +24,10 @@ from refalign_jax.command import run
 from refalign_jax.config import AlignmentConfig, MeshConfig, ModelConfig, wan_1_3b, wan_14b
 from refalign_jax.convert.checkpoint import read_model, restore_params, save_params
 from refalign_jax.convert.dit import model_table
-from refalign_jax.convert.files import open_weights, write_weights
+from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.table import published_shapes
 from refalign_jax.convert.transfer import export_weights, import_weights
+from refalign_jax.convert.write import write_weights
 from refalign_jax.initial import model_shapes
 from refalign_jax.sharding import make_mesh, state_sharding
 

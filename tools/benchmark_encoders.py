@@ -38,6 +38,16 @@ class StateDict:
         """Shape of every tensor."""
         return {name: tuple(value.shape) for name, value in self.tensors.items()}
 
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        """Element type of every tensor."""
+        return {name: value.numpy().dtype for name, value in self.tensors.items()}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """There is none."""
+        return {}
+
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor."""
         return self.tensors[name].numpy()

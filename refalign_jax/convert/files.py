@@ -1,230 +1,234 @@
-"""Weight files: safetensors in one file or in shards with an index, read and written one tensor at a time.
+"""Opens published weights, whatever their form: the one function through which every command reads a weight file.
 
-The safetensors library reads. It has no writer that streams (`save_file` needs every tensor in memory at once), so
-this module writes the format itself: 8 bytes of header length, a JSON header, the raw bytes.
+A file is safetensors or a torch checkpoint. Shards are named by an index, or numbered. A folder holds one of these, or
+is a whole pipeline of diffusers, or holds variants of one model (`.fp16.`). What is opened then passes through
+`forms.plain`, which strips prefixes and multiplies float8 weights by their scales.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import math
-import struct
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from refalign_jax.atomic import atomic_write
+from refalign_jax.convert.forms import plain
+from refalign_jax.convert.pickle_files import open_pickle_weights
+from refalign_jax.convert.safetensors_files import open_safetensors
+from refalign_jax.convert.table import Tensors
 
-DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-}
-"""The safetensors dtype names that are read and written."""
+TORCH = (".pth", ".pt", ".bin", ".ckpt")
+"""Suffixes of torch checkpoints."""
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-INDEX_SUFFIX = ".safetensors.index.json"
+_INDEX = re.compile(r".+\.(safetensors|bin)\.index(\.\w+)?\.json")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})(-of-(?P<total>\d{5}))?(?P<suffix>\.[a-z]+)")
+_VARIANT = re.compile(r"\.(fp16|bf16|fp32|fp8|ema|non_ema)\b")
 
 
 @dataclasses.dataclass(frozen=True)
-class SafetensorsWeights:
-    """Tensors of one safetensors file, or of the shards an index names. Implements `table.Tensors`."""
+class _Shards:
+    """Tensors of several files. Implements `table.Tensors`."""
 
     source: str
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, np.dtype]
-    files: Mapping[str, Path]
+    metadata: Mapping[str, str]
+    parts: Mapping[str, Tensors]
 
     def read(self, name: str) -> np.ndarray:
-        """Returns one tensor as stored, mapped into memory read-only: only the parts that are used are read."""
-        path = self.files[name]
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            begin, end = json.loads(file.read(length))[name]["data_offsets"]
-            if begin == end:
-                return np.empty(self.shapes[name], self.dtypes[name])
-            raw = np.memmap(file, np.uint8, "r", 8 + length + begin, (end - begin,))
-            return np.asarray(raw).view(self.dtypes[name]).reshape(self.shapes[name])
+        return self.parts[name].read(name)
 
 
-def open_weights(path: str | Path) -> SafetensorsWeights:
+def open_weights(path: str | Path) -> Tensors:
     """Opens published weights without reading a tensor.
 
     Args:
-      path: a safetensors file, a `*.safetensors.index.json`, or a folder that holds either.
+      path: a safetensors file, a torch checkpoint, an index of shards, or a folder that holds one of these, numbered
+        shards, or a pipeline of diffusers, whose transformer is opened.
 
     Raises:
-      ValueError: no such file, not safetensors, truncated, a shard that is missing or disagrees with its index,
-        or a dtype that is not a number we know.
+      ValueError: no such file, one that is not whole, a shard that is missing or disagrees with its index, several
+        models in a folder, a form that is not read (GGUF), or a scale that is not understood.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist; expected a safetensors file, an index, or a folder that holds one.")
     if path.is_dir():
-        path = _pick(path)
-    if path.name.endswith(".json"):
-        return _open_shards(path)
-    shapes, dtypes = _header(path)
-    return SafetensorsWeights(str(path), shapes, dtypes, dict.fromkeys(shapes, path))
+        found = _find(path)
+        if found is None:
+            raise ValueError(f"{path} holds no *.safetensors file and no *.safetensors.index.json, nor a torch file.")
+        if isinstance(found, list):
+            return plain(_join(f"{found[0]} to {found[-1].name}", found, [_open_file(file) for file in found]))
+        path = found
+    return plain(_open_index(path) if path.suffix == ".json" else _open_file(path))
 
 
-def _pick(folder: Path) -> Path:
-    """The index of a folder, else its one safetensors file."""
-    for pattern in (f"*{INDEX_SUFFIX}", "*.safetensors"):
-        found = sorted(folder.glob(pattern))
-        if len(found) > 1:
-            raise ValueError(f"{folder} holds {len(found)} files {pattern}; name one: {[p.name for p in found[:4]]}.")
-        if found:
-            return found[0]
-    raise ValueError(f"{folder} holds no *.safetensors file and no *{INDEX_SUFFIX}.")
+def holds_weights(path: str | Path) -> bool:
+    """Whether this is a weight file by its name, or a folder that `open_weights` would look into.
+
+    Raises:
+      ValueError: as `open_weights`, for several models in a folder or for shards that are missing.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _find(path) is not None
+    return path.is_file() or path.suffix in (".safetensors", ".json", ".gguf", *TORCH)
 
 
-def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, np.dtype]]:
-    """Shapes and dtypes of one safetensors file, its structure checked by the library."""
+def read_config(path: Path) -> dict[str, Any] | None:
+    """Reads the config.json in a folder, or beside a file; None where there is none.
+
+    Raises:
+      ValueError: it is not a JSON object.
+    """
+    path = (path if path.is_dir() else path.parent) / "config.json"
+    if not path.is_file():
+        return None
     try:
-        with safe_open(path, framework="np") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-            names = {name: part.get_dtype() for name, part in slices.items()}
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size
-        raise ValueError(f"{path} ({size} bytes) is not a whole safetensors file: {error}.") from error
-    unknown = {name: dtype for name, dtype in names.items() if dtype not in DTYPES}
-    if unknown:
-        name, dtype = next(iter(unknown.items()))
-        raise ValueError(f"{path}: {name} is stored as {dtype}; known are {', '.join(DTYPES)}.")
-    return shapes, {name: DTYPES[dtype] for name, dtype in names.items()}
+        published = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(published, dict):
+        raise ValueError(f"{path} holds a {type(published).__name__}, not an object.")
+    return published
 
 
-def _open_shards(index: Path) -> SafetensorsWeights:
-    """Opens the shards that an index names and checks that they hold the tensors it lists."""
+def _open_file(path: Path) -> Tensors:
+    """Opens one file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; expected safetensors or a torch checkpoint.")
+    with path.open("rb") as file:
+        start = file.read(4)
+    if path.suffix == ".gguf" or start == b"GGUF":
+        raise ValueError(
+            f"{path} is a GGUF file, whose quantised blocks are not read here; give the same model as safetensors, "
+            "in bfloat16 or float8."
+        )
+    return open_pickle_weights(path) if path.suffix in TORCH else open_safetensors(path)
+
+
+def _find(folder: Path) -> Path | list[Path] | None:
+    """The file, the index or the numbered shards that a folder holds; None where it holds no weights."""
+    children = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    names = [path.name for path in children]
+    if "high_noise_model" in names and "low_noise_model" in names:
+        raise ValueError(_two_models(folder, "high_noise_model", "low_noise_model"))
+    if "model_index.json" in names:
+        if "transformer_2" in names:
+            raise ValueError(_two_models(folder, "transformer", "transformer_2"))
+        found = _find(folder / "transformer") if "transformer" in names else None
+        if found is None:
+            raise ValueError(f"{folder} is a pipeline (model_index.json) without weights in its folder transformer/.")
+        return found
+    indexes = [path for path in children if _INDEX.fullmatch(path.name)]
+    for suffixes in ((".safetensors",), TORCH):
+        listed = [path for path in indexes if path.name.split(".index")[0].endswith(suffixes)]
+        files = _series([path for path in children if path.suffix in suffixes and path.is_file()])
+        for variants in (False, True):
+            for kind in (listed, files):
+                chosen = [one for one in kind if bool(_VARIANT.search(_first(one).name)) == variants]
+                if len(chosen) > 1:
+                    some = [_first(one).name for one in chosen[:4]]
+                    raise ValueError(
+                        f"{folder} holds {len(chosen)} files *{_first(chosen[0]).suffix}; name one: {some}."
+                    )
+                if chosen:
+                    _check_whole(chosen[0])
+                    return chosen[0]
+    return None
+
+
+def _two_models(folder: Path, high: str, low: str) -> str:
+    return (
+        f"{folder} is Wan2.2 A14B, two transformers that share a video's noise levels ({high}/ above 0.875, {low}/ "
+        f"below); one transformer is trained and sampled here. Give Wan2.1 T2V 14B or RefAlign, or, to begin a run "
+        f"from one of the two, its folder {folder / low}."
+    )
+
+
+def _first(found: Path | list[Path]) -> Path:
+    return found[0] if isinstance(found, list) else found
+
+
+def _series(files: Sequence[Path]) -> list[Path | list[Path]]:
+    """Single files, and numbered shards as one list; numbers with large gaps count steps and not shards."""
+    found: list[Path | list[Path]] = []
+    groups: dict[tuple[str, ...], list[Path]] = {}
+    for path in files:
+        match = _SHARD.fullmatch(path.name)
+        if match is None:
+            found.append(path)
+        else:
+            groups.setdefault((match["stem"], match["total"] or "", match["suffix"]), []).append(path)
+    for shards in groups.values():
+        numbers, total = _numbers(shards)
+        found += [shards] if total or 2 * len(shards) > max(numbers) else shards
+    return found
+
+
+def _numbers(shards: Sequence[Path]) -> tuple[list[int], int]:
+    """The numbers in the names of shards, and how many there are in all, or 0 where the names don't say."""
+    matches = [match for path in shards if (match := _SHARD.fullmatch(path.name))]
+    return [int(match["number"]) for match in matches], int(matches[0]["total"] or 0)
+
+
+def _check_whole(found: Path | list[Path]) -> None:
+    """Raises ValueError where numbered shards, which begin at 0 or 1, lack one."""
+    if isinstance(found, Path):
+        return
+    numbers, total = _numbers(found)
+    wanted = range(1, total + 1) if total else range(min(*numbers, 1), max(numbers) + 1)
+    lacking = [f"{number:05d}" for number in wanted if number not in numbers]
+    if lacking:
+        raise ValueError(
+            f"{found[0].parent} holds {len(found)} of {len(wanted)} shards like {found[0].name} and lacks number "
+            f"{', '.join(lacking[:4])}."
+        )
+
+
+def _join(source: str, paths: Sequence[Path], parts: Sequence[Tensors]) -> Tensors:
+    """Puts shards together."""
+    where: dict[str, Tensors] = {}
+    metadata: dict[str, str] = {}
+    for path, part in zip(paths, parts, strict=True):
+        twice = next((name for name in part.shapes if name in where), None)
+        if twice is not None:
+            raise ValueError(f"{path} and {where[twice].source} both hold {twice}; shards hold each tensor once.")
+        where |= dict.fromkeys(part.shapes, part)
+        for key, value in part.metadata.items():
+            if metadata.setdefault(key, value) != value:
+                raise ValueError(
+                    f"{path} differs from {paths[0].name} in its metadata {key!r}; they are of two models."
+                )
+    shapes = {name: part.shapes[name] for name, part in where.items()}
+    return _Shards(source, shapes, {name: part.dtypes[name] for name, part in where.items()}, metadata, where)
+
+
+def _open_index(index: Path) -> Tensors:
+    """Opens the shards that an index names and checks that they hold what it says."""
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {name: index.parent / shard for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        files = {name: index.parent / Path(shard).name for name, shard in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is not a safetensors index: it has no 'weight_map' of name to file.") from error
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, np.dtype] = {}
-    for path in sorted(set(files.values())):
+    paths = sorted(set(files.values()))
+    if not paths:
+        raise ValueError(f"{index} is not a safetensors index: its 'weight_map' is empty.")
+    parts = []
+    for path in paths:
         if not path.exists():
             raise ValueError(f"{index} names the shard {path.name}, which is not beside it.")
-        shard_shapes, shard_dtypes = _header(path)
-        lacking = [name for name, file in files.items() if file == path and name not in shard_shapes]
-        unlisted = [name for name in shard_shapes if files.get(name) != path]
+        part = _open_file(path)
+        lacking = [name for name, file in files.items() if file == path and name not in part.shapes]
+        unlisted = [name for name in part.shapes if files.get(name) != path]
         if lacking or unlisted:
             raise ValueError(
                 f"{path} and {index.name} disagree: in the index alone {lacking[:4]}, "
                 f"in the shard alone {unlisted[:4]}."
             )
-        shapes |= shard_shapes
-        dtypes |= shard_dtypes
-    return SafetensorsWeights(str(index), shapes, dtypes, files)
-
-
-def write_weights(
-    path: str | Path,
-    tensors: Iterable[tuple[str, np.ndarray]],
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, np.dtype],
-    max_shard_bytes: int = 10 * 10**9,
-) -> list[Path]:
-    """Writes tensors as safetensors, one at a time, whole or not at all.
-
-    Up to `max_shard_bytes` there is one file, `path`; beyond, there are `<stem>-00001-of-0000N.safetensors` and an
-    index beside them, as diffusers names them. Files appear under their names only after the last byte is on disk.
-
-    Args:
-      path: the file to write, ending in `.safetensors`.
-      tensors: (name, array) in the order of `shapes`; consumed once.
-      shapes: every name and shape, known beforehand because the header comes first.
-      dtypes: every name and dtype.
-      max_shard_bytes: the most a shard holds; a larger tensor gets a shard of its own.
-
-    Returns:
-      The files written.
-
-    Raises:
-      ValueError: `path` exists or has another suffix.
-      OSError: the folder can't be written, or the disk is full; nothing is left behind.
-    """
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: the name of a weight file must end in .safetensors.")
-    shards = _divide(shapes, dtypes, max_shard_bytes)
-    stems = [f"{path.stem}-{i + 1:05d}-of-{len(shards):05d}" for i in range(len(shards))]
-    paths = [path.with_name(f"{stem}.safetensors") for stem in stems] if len(shards) > 1 else [path]
-    index = path.with_name(path.stem + INDEX_SUFFIX)
-    targets = [*paths, index] if len(shards) > 1 else paths
-    for target in targets:
-        if target.exists():
-            raise ValueError(f"{target} exists; it is not overwritten. Name another file or remove it.")
-
-    with contextlib.ExitStack() as stack:  # the index, entered first, takes its name last
-        partial = {target: stack.enter_context(atomic_write(target)) for target in reversed(targets)}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stream = iter(tensors)
-            for shard, target in zip(shards, paths, strict=True):
-                with partial[target].open("wb") as file:
-                    _write_header(file, shard, shapes, dtypes)
-                    for name in shard:
-                        given, value = next(stream)
-                        assert (given, value.shape, value.dtype) == (name, shapes[name], dtypes[name]), (given, name)
-                        file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
-            if len(shards) > 1:
-                partial[index].write_text(_index(shards, paths))
-        except OSError as error:
-            raise OSError(f"{path} could not be written: {error.strerror or error}; nothing was kept.") from error
-    return targets
-
-
-def _divide(
-    shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, np.dtype], max_shard_bytes: int
-) -> list[dict[str, int]]:
-    """Names and bytes of the tensors of each shard."""
-    shards: list[dict[str, int]] = [{}]
-    for name, shape in shapes.items():
-        size = math.prod(shape) * dtypes[name].itemsize
-        if shards[-1] and sum(shards[-1].values()) + size > max_shard_bytes:
-            shards.append({})
-        shards[-1][name] = size
-    return shards
-
-
-def _index(shards: Sequence[Mapping[str, int]], paths: Sequence[Path]) -> str:
-    """The index of a weight file in shards, as JSON."""
-    weight_map = {name: path.name for shard, path in zip(shards, paths, strict=True) for name in shard}
-    total = sum(sum(shard.values()) for shard in shards)
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
-
-
-def _write_header(
-    file: BinaryIO,
-    sizes: Mapping[str, int],
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, np.dtype],
-) -> None:
-    """Writes the length and the JSON header, padded to 8 bytes as the format asks."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, size in sizes.items():
-        header[name] = {
-            "dtype": _NAMES[dtypes[name]],
-            "shape": list(shapes[name]),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
+        parts.append(part)
+    return _join(str(index), paths, parts)

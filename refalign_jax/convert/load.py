@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from typing import Any
 
 import jax
@@ -12,8 +11,9 @@ import numpy as np
 from refalign_jax.config import ModelConfig
 from refalign_jax.convert.checkpoint import find_checkpoint, restore_params
 from refalign_jax.convert.dit import model_table
-from refalign_jax.convert.files import open_weights
-from refalign_jax.convert.infer import infer_config, infer_names
+from refalign_jax.convert.files import holds_weights
+from refalign_jax.convert.forms import View
+from refalign_jax.convert.infer import open_transformer
 from refalign_jax.convert.table import Stored, stored
 from refalign_jax.initial import random_params
 from refalign_jax.trees import flatten, unflatten
@@ -24,7 +24,7 @@ def initial_params(init: str, ema: bool, model: ModelConfig, shapes: Params, key
     """Parameters straight in their place on the devices, float32.
 
     Args:
-      init: a checkpoint, a run's folder, published safetensors, or empty for random parameters.
+      init: a checkpoint, a run's folder, published weights, or empty for random parameters.
       ema: take the moving average of `init`.
       model: what they must fit.
       shapes: `jax.ShapeDtypeStruct`s with shardings.
@@ -40,7 +40,7 @@ def initial_params(init: str, ema: bool, model: ModelConfig, shapes: Params, key
     if not init:
         params = jax.jit(lambda key: random_params(model, key), out_shardings=shardings)(key)
         return params, "Parameters are random."
-    if _is_checkpoint(init):
+    if is_checkpoint(init):
         params = restore_params(init, shapes, ema)
     elif ema:
         raise ValueError(f"train.init_ema: {init} is no training checkpoint, so it has no moving average.")
@@ -54,24 +54,28 @@ def initial_params(init: str, ema: bool, model: ModelConfig, shapes: Params, key
     return params, origin
 
 
-def _is_checkpoint(path: str) -> bool:
+def is_checkpoint(path: str) -> bool:
+    """Whether this is a checkpoint or a run's folder, and not published weights; so is what is neither."""
     with contextlib.suppress(ValueError):
         return bool(find_checkpoint(path))
-    return False
+    return not holds_weights(path)
 
 
 def _published(weights: str, model: ModelConfig, shapes: Params) -> dict[str, Any]:
-    """Reads published safetensors, each process only what its devices hold; refuses those of another model."""
-    opened = open_weights(weights)
-    _, has_projectors = infer_config(opened.shapes, opened.source, model.dit.num_heads)
+    """Reads published weights, each process only what its devices hold; refuses those of another model."""
+    opened = open_transformer(weights, model.dit.num_heads)
+    tensors, has_projectors = opened.tensors, opened.has_projectors
+    for name in opened.stated & {"eps", "rope_theta"}:
+        found, ours = (getattr(config.dit, name) for config in (opened.config, model))
+        if found != ours:
+            raise ValueError(f"{tensors.source} is a model with {name}={found}, and model.dit.{name} is {ours}.")
     if "projectors" not in shapes:  # a model without alignment has no use for them
         has_projectors = False
-        kept = {name: shape for name, shape in opened.shapes.items() if ".input_" not in name}
-        opened = dataclasses.replace(opened, shapes=kept)
+        tensors = View(tensors, {name: name for name in tensors.shapes if ".input_" not in name})
     wanted = dict(shapes) if has_projectors else {"dit": shapes["dit"]}
-    table = model_table(model.dit, model.alignment if has_projectors else None, infer_names(opened.shapes))
+    table = model_table(model.dit, model.alignment if has_projectors else None, opened.names)
     return unflatten(
-        {path: _place(flatten(wanted)[path], leaf) for path, leaf in flatten(stored(table, wanted, opened)).items()}
+        {path: _place(flatten(wanted)[path], leaf) for path, leaf in flatten(stored(table, wanted, tensors)).items()}
     )
 
 

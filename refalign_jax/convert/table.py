@@ -8,9 +8,12 @@ missing, extra or misshapen tensor is an error that lists names and shapes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from refalign_jax.trees import flatten, unflatten
@@ -82,6 +85,16 @@ class Tensors(Protocol):
         """Shape of every tensor."""
         ...
 
+    @property
+    def dtypes(self) -> Mapping[str, np.dtype]:
+        """Element type of every tensor."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Text that the file keeps beside its tensors, by key; empty where there is none."""
+        ...
+
     def read(self, name: str) -> np.ndarray:
         """Returns one tensor, as stored."""
         ...
@@ -145,39 +158,53 @@ class Stored:
     tensors: Tensors
     shape: tuple[int, ...]
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The type stored; of a stack whose layers have several, the smallest float that holds them all exactly."""
+        return functools.reduce(jnp.promote_types, (self.tensors.dtypes[name] for name in self.entry.names))
+
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
-        """Returns a block, of the dtype stored; of a stack only the layers that lie in it are read.
+        """Returns a block, of `dtype`; of a stack only the layers that lie in it are read.
 
         Args:
           index: a slice of each axis; axes that are left out are whole.
 
         Raises:
-          ValueError: the layers of a stack have several dtypes.
+          ValueError: a number that is not finite, naming the tensor.
         """
         if not self.entry.stack:
-            return np.array(self.entry.layout.to_ours(self.tensors.read(self.entry.name))[index], order="C")
+            block = np.array(self.entry.layout.to_ours(self.tensors.read(self.entry.name))[index], order="C")
+            check_finite(block, self.entry.name, self.tensors.source)
+            return block
         layers, within = (index[0], index[1:]) if index else (slice(None), ())
-        block: np.ndarray | None = None
-        for place, name in enumerate(self.entry.names[layers]):
+        names = self.entry.names[layers]
+        stack: np.ndarray | None = None
+        for place, name in enumerate(names):
             value = self.entry.layout.to_ours(self.tensors.read(name))[within]
-            if block is None:
-                block = np.empty((len(self.entry.names[layers]), *value.shape), value.dtype)
-            self.check_dtype(value.dtype, block.dtype)
-            block[place] = value
-        assert block is not None, (self.entry.path, index)
-        return block
+            if stack is None:
+                stack = np.empty((len(names), *value.shape), self.dtype)
+            stack[place] = value
+            check_finite(stack[place], name, self.tensors.source)
+        assert stack is not None, (self.entry.path, index)
+        return stack
 
-    def check_dtype(self, *found: np.dtype) -> None:
-        """Refuses a stack of several dtypes.
 
-        Raises:
-          ValueError: `found`, the dtypes of some of its layers, differ.
-        """
-        if len(set(found)) > 1:
-            raise ValueError(
-                f"{self.tensors.source}: layers of {self.entry.name} are {' and '.join(sorted(map(str, set(found))))}; "
-                "the layers of one stack must share a dtype."
-            )
+def check_finite(value: np.ndarray, name: str, source: str) -> None:
+    """Checks that a contiguous array of floats holds no NaN and no infinity: in these all bits of the exponent are set.
+
+    Raises:
+      ValueError: it holds one.
+    """
+    info = ml_dtypes.finfo(value.dtype)
+    bits = value.reshape(-1).view(f"u{value.dtype.itemsize}")
+    magnitude = bits.dtype.type(2 ** (8 * value.dtype.itemsize - 1) - 1)
+    infinite = bits.dtype.type((2**info.nexp - 1) << info.nmant)
+    if bits.size and np.max(bits & magnitude) >= infinite:
+        count = np.count_nonzero((bits & magnitude) >= infinite)
+        raise ValueError(
+            f"{source}: {name} holds {count:,} values that are NaN or infinite, of {bits.size:,}; the file is damaged "
+            "or was saved from a run that diverged."
+        )
 
 
 def stored(table: Sequence[Entry], params: Mapping[str, Any], tensors: Tensors) -> Params:
@@ -192,9 +219,14 @@ def stored(table: Sequence[Entry], params: Mapping[str, Any], tensors: Tensors) 
       Our parameters, each a `Stored`.
 
     Raises:
-      ValueError: the file lacks a tensor, has one too many, or one of another shape.
+      ValueError: the file lacks a tensor, has one too many, one of another shape, or one of whole numbers.
     """
     check(published_shapes(table, params), tensors.shapes, tensors.source)
+    for name in (name for entry in table for name in entry.names):
+        if not jnp.issubdtype(tensors.dtypes[name], jnp.floating):
+            raise ValueError(
+                f"{tensors.source}: {name} is stored as {tensors.dtypes[name]}; weights are floating-point numbers."
+            )
     leaves = flatten(params)
     return unflatten({entry.path: Stored(entry, tensors, tuple(leaves[entry.path].shape)) for entry in table})
 
@@ -206,7 +238,7 @@ def to_ours(table: Sequence[Entry], params: Mapping[str, Any], tensors: Tensors)
       Our parameters as numpy arrays of the dtype stored; beyond them at most one tensor is held.
 
     Raises:
-      ValueError: as in `stored`, or mixed dtypes in a stack.
+      ValueError: as in `stored`, or a number that is not finite.
     """
     return unflatten({path: leaf[()] for path, leaf in flatten(stored(table, params, tensors)).items()})
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 
+from refalign_jax.convert.forms import View
 from refalign_jax.convert.table import LINEAR, SAME, Entry, Layout, Tensors
 from refalign_jax.models.umt5 import UMT5Config
 
@@ -16,6 +16,9 @@ Names = Literal["wan", "transformers"]
 
 TIED = "encoder.embed_tokens.weight"
 """Second name that transformers gives to `shared.weight`; files hold either or both."""
+
+TOKENIZER = "spiece_model"
+"""Name under which ComfyUI's file keeps the bytes of the tokenizer."""
 
 # ours, layout, Wan2.1's, transformers'
 _BLOCK: tuple[tuple[str, Layout, str, str], ...] = (
@@ -55,28 +58,19 @@ def umt5_names(shapes: Mapping[str, tuple[int, ...]]) -> Names:
     return "transformers" if any(name.startswith(("encoder.block.", "shared.")) for name in shapes) else "wan"
 
 
-@dataclasses.dataclass
-class _Untied:
-    """A weight file with the token embedding under `shared.weight` alone. Implements `table.Tensors`."""
-
-    source: str
-    shapes: Mapping[str, tuple[int, ...]]
-    tensors: Tensors
-
-    def read(self, name: str) -> np.ndarray:
-        """Returns one tensor; the embedding from whichever of its two names the file has."""
-        return self.tensors.read(TIED if name not in self.tensors.shapes else name)
-
-
 def untied(tensors: Tensors) -> Tensors:
     """Gives the token embedding of a transformers file one name, `shared.weight`, whichever it is stored under.
+
+    The tokenizer that ComfyUI keeps among the tensors is left out.
 
     Raises:
       ValueError: both names are there and hold different numbers.
     """
-    if TIED not in tensors.shapes:
+    if TIED not in tensors.shapes and TOKENIZER not in tensors.shapes:
         return tensors
-    if "shared.weight" in tensors.shapes and not np.array_equal(tensors.read("shared.weight"), tensors.read(TIED)):
-        raise ValueError(f"{tensors.source}: shared.weight and {TIED} differ; UMT5 has one token embedding.")
-    shapes = {name: shape for name, shape in tensors.shapes.items() if name != TIED}
-    return _Untied(tensors.source, shapes | {"shared.weight": tensors.shapes[TIED]}, tensors)
+    names = {name: name for name in tensors.shapes if name not in (TIED, TOKENIZER)}
+    if TIED in tensors.shapes:
+        if "shared.weight" in names and not np.array_equal(tensors.read("shared.weight"), tensors.read(TIED)):
+            raise ValueError(f"{tensors.source}: shared.weight and {TIED} differ; UMT5 has one token embedding.")
+        names.setdefault("shared.weight", TIED)
+    return View(tensors, names)

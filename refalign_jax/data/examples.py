@@ -22,7 +22,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from refalign_jax.config import FIELDS, MAX_TEXT_LENGTH, Storage
-from refalign_jax.convert.files import DTYPES
+from refalign_jax.convert.safetensors_files import DTYPES
 from refalign_jax.types import Float, Int
 
 

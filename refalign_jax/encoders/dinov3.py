@@ -11,8 +11,9 @@ import numpy as np
 
 from refalign_jax.config import ComputeDtype
 from refalign_jax.convert.dinov3 import dinov3_layers, dinov3_table
+from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.table import Tensors, to_ours
-from refalign_jax.encoders.network import in_batches, open_tensors, replicate
+from refalign_jax.encoders.network import in_batches, replicate
 from refalign_jax.models import dinov3
 from refalign_jax.types import Float, Params
 
@@ -33,7 +34,7 @@ class DINOv3:
     def __init__(self, path: Path, published: Mapping[str, Any], compute_dtype: ComputeDtype, batch_size: int) -> None:
         self._config = dinov3.DINOv3Config.from_json(published, compute_dtype)
         self.patch_size, self.width = self._config.patch_size, self._config.width
-        self._params = replicate(load_dinov3(self._config, open_tensors(path)))
+        self._params = replicate(load_dinov3(self._config, open_weights(path)))
         self._batch_size, self._path = batch_size, path
 
     def describe(self) -> dict[str, Any]:

@@ -6,18 +6,13 @@ network compiles once for each shape of its rows.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from refalign_jax.convert.files import open_weights
-from refalign_jax.convert.pickle_files import open_pickle_weights
-from refalign_jax.convert.table import Tensors
 from refalign_jax.types import Params
 
 
@@ -26,37 +21,6 @@ def find_file(path: Path, candidates: Sequence[str]) -> Path:
     if path.is_file():
         return path
     return next(path / name for name in candidates if (path / name).exists())
-
-
-def open_tensors(path: Path) -> Tensors:
-    """Opens a torch checkpoint, a safetensors file, or a folder that holds either.
-
-    Raises:
-      ValueError: no such file, or one that is not whole.
-    """
-    if path.is_dir() and not any(path.glob("*.safetensors*")):
-        found = sorted(path.glob("*.pth"))
-        if len(found) == 1:
-            path = found[0]
-    return open_pickle_weights(path) if path.suffix in (".pth", ".pt", ".bin") else open_weights(path)
-
-
-def read_config(path: Path) -> dict[str, Any] | None:
-    """Reads the config.json in a folder, or beside a file; None where there is none.
-
-    Raises:
-      ValueError: it is not a JSON object.
-    """
-    path = (path if path.is_dir() else path.parent) / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        published = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(published, dict):
-        raise ValueError(f"{path} holds a {type(published).__name__}, not an object.")
-    return published
 
 
 def replicate(params: Params) -> Params:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from refalign_jax.config import ComputeDtype, PrepareConfig
+from refalign_jax.convert.files import read_config
 from refalign_jax.encoders.daisy import DAISY
 from refalign_jax.encoders.dct import DCTCodec
 from refalign_jax.encoders.dinov3 import DINOv3
 from refalign_jax.encoders.interface import FeatureEncoder, TextEncoder, VideoCodec
-from refalign_jax.encoders.network import read_config
 from refalign_jax.encoders.umt5 import UMT5
 from refalign_jax.encoders.wan_vae import WanVAE
 from refalign_jax.encoders.words import WordHashes

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from refalign_jax.config import ComputeDtype
+from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.table import Tensors, to_ours
 from refalign_jax.convert.umt5 import umt5_names, umt5_table, untied
-from refalign_jax.encoders.network import device_batch, find_file, open_tensors, replicate
+from refalign_jax.encoders.network import device_batch, find_file, replicate
 from refalign_jax.models import umt5
 from refalign_jax.types import Float, Params
 
@@ -30,7 +31,7 @@ class UMT5:
     """
 
     def __init__(self, path: Path, compute_dtype: ComputeDtype, batch_size: int) -> None:
-        weights = untied(open_tensors(find_file(path, ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder", "."))))
+        weights = untied(open_weights(find_file(path, ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder", "."))))
         self._config = infer_umt5_config(weights, compute_dtype)
         self.width = self._config.width
         self._tokenizer = umt5.load_tokenizer(_tokenizer_folder(path))

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 
 from refalign_jax.config import ComputeDtype
+from refalign_jax.convert.files import open_weights, read_config
+from refalign_jax.convert.other_models import refuse_other_vaes
 from refalign_jax.convert.table import Tensors, to_ours
 from refalign_jax.convert.vae import vae_table
-from refalign_jax.encoders.network import find_file, in_batches, open_tensors, read_config, replicate
+from refalign_jax.encoders.network import find_file, in_batches, replicate
 from refalign_jax.models import vae
 from refalign_jax.models.streaming import Tiling
 from refalign_jax.types import Float, Params
@@ -35,7 +37,7 @@ class WanVAE:
 
     def __init__(self, path: Path, compute_dtype: ComputeDtype, batch_size: int, tile: int) -> None:
         file = find_file(path, ("Wan2.1_VAE.pth", "vae", "."))
-        weights = open_tensors(file)
+        weights = open_weights(file)
         self._config = read_vae_config(file, weights, compute_dtype)
         self._tiling = Tiling(size=tile, overlap=tile // 4) if tile else None
         self.stride, self.channels = self._config.spatial_factor, self._config.latent_channels
@@ -88,6 +90,7 @@ def read_vae_config(file: Path, weights: Tensors, compute_dtype: ComputeDtype) -
     Raises:
       ValueError: the weights are not this model's.
     """
+    refuse_other_vaes(weights.shapes, weights.source)
     published = read_config(file) or {}
     if published.get("_class_name") == "AutoencoderKLWan":
         values = {ours: published[theirs] for theirs, ours in _DIFFUSERS.items() if theirs in published}

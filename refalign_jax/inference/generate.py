@@ -21,9 +21,8 @@ from tqdm import tqdm
 from refalign_jax.config import Config, GenerateConfig, MeshConfig, ModelConfig
 from refalign_jax.config.recipe import from_dict
 from refalign_jax.convert.checkpoint import find_checkpoint, read_json
-from refalign_jax.convert.files import open_weights
-from refalign_jax.convert.infer import infer_config
-from refalign_jax.convert.load import initial_params
+from refalign_jax.convert.infer import open_transformer
+from refalign_jax.convert.load import initial_params, is_checkpoint
 from refalign_jax.data.manifest import MANIFEST, read_manifest
 from refalign_jax.data.records import random_of
 from refalign_jax.data.references import encode_references, load_reference
@@ -116,10 +115,9 @@ def _read_run(weights: str, ema: bool) -> tuple[Config, str]:
     """Returns the run's configuration, or defaults around the model of other weights, and where the weights are."""
     if not weights:
         raise ValueError("No weights are named; give a run's folder, a checkpoint, or published safetensors.")
-    if Path(weights).suffix in (".safetensors", ".json") or any(Path(weights).glob("*.safetensors*")):
-        opened = open_weights(weights)
-        model, _ = infer_config(opened.shapes, opened.source)
-        return Config(model=model), opened.source
+    if not is_checkpoint(weights):
+        opened = open_transformer(weights)
+        return Config(model=opened.config), opened.tensors.source
     folder, item = find_checkpoint(weights, ema)
     values = read_json(folder, "config")
     if "model" in values:

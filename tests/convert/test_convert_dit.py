@@ -10,6 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from refalign_jax.convert import files, transfer
 from refalign_jax.convert.checkpoint import load_params
+from refalign_jax.convert.safetensors_files import DTYPES
+from refalign_jax.convert.write import write_weights
 from refalign_jax.trees import flatten
 
 
@@ -27,10 +29,10 @@ def raw(path):
 @pytest.mark.parametrize("shard_bytes", [10**9, 40_000])
 def test_round_trip_is_byte_equal(weights, tmp_path, dtype, shard_bytes):
     opened = files.open_weights(weights)
-    stored = files.DTYPES["BF16"] if dtype == "bfloat16" else np.dtype(np.float32)
+    stored = DTYPES["BF16"] if dtype == "bfloat16" else np.dtype(np.float32)
     tensors = ((name, opened.read(name).astype(stored)) for name in opened.shapes)
     source = tmp_path / "in.safetensors"
-    written = files.write_weights(source, tensors, opened.shapes, dict.fromkeys(opened.shapes, stored), shard_bytes)
+    written = write_weights(source, tensors, opened.shapes, dict.fromkeys(opened.shapes, stored), shard_bytes)
     assert (len(written) > 1) == (shard_bytes < 10**9)
     source = written[-1]
     transfer.import_weights(source, tmp_path / "checkpoint", num_heads=2)
@@ -75,8 +77,16 @@ def misshapen(tensors):
     tensors["blocks.1.ffn.0.bias"] = np.zeros(3, np.float32)
 
 
-def mixed(tensors):
-    tensors["blocks.1.ffn.0.bias"] = tensors["blocks.1.ffn.0.bias"].astype(np.float16)
+def whole_numbers(tensors):
+    tensors["blocks.1.ffn.0.bias"] = tensors["blocks.1.ffn.0.bias"].astype(np.int8)
+
+
+def not_a_number(tensors):
+    tensors["blocks.1.ffn.0.bias"][3] = np.nan
+
+
+def infinite(tensors):
+    tensors["head.head.weight"][1, :2] = np.inf, -np.inf
 
 
 def foreign(tensors):
@@ -89,7 +99,9 @@ def foreign(tensors):
         (missing, r"1 missing: blocks.1.ffn.0.bias \[40\]"),
         (extra, r"1 unexpected: blocks.1.ffn.9.bias \[3\]"),
         (misshapen, r"blocks.1.ffn.0.bias \[3\], not \[40\]"),
-        (mixed, "must share a dtype"),
+        (whole_numbers, r"blocks.1.ffn.0.bias is stored as int8; weights are floating-point"),
+        (not_a_number, r"blocks.1.ffn.0.bias holds 1 values that are NaN or infinite, of 40"),
+        (infinite, r"head.head.weight holds 2 values that are NaN or infinite"),
         (foreign, "holds no Wan transformer"),
     ],
 )
@@ -123,7 +135,7 @@ def test_a_file_that_is_not_whole_is_refused(weights, tmp_path, content, sentenc
 def test_faulty_shards_are_refused(weights, tmp_path):
     opened = files.open_weights(weights)
     tensors = ((name, opened.read(name)) for name in opened.shapes)
-    *shards, index = files.write_weights(tmp_path / "w.safetensors", tensors, opened.shapes, opened.dtypes, 40_000)
+    *shards, index = write_weights(tmp_path / "w.safetensors", tensors, opened.shapes, opened.dtypes, 40_000)
     shutil.copy(shards[0], tmp_path / "kept")
     shards[0].unlink()
     with pytest.raises(ValueError, match="names the shard w-00001-of"):
@@ -156,7 +168,7 @@ def test_nothing_is_overwritten_and_nothing_is_half_written(weights, tmp_path):
 
     opened = files.open_weights(weights)
     with pytest.raises(OSError, match="No space left on device; nothing was kept"):
-        files.write_weights(tmp_path / "out.safetensors", breaks(), opened.shapes, opened.dtypes, 40_000)
+        write_weights(tmp_path / "out.safetensors", breaks(), opened.shapes, opened.dtypes, 40_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "there.safetensors"]
 
 
@@ -168,4 +180,4 @@ def test_what_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint of parameters"):
         transfer.export_weights(tmp_path, tmp_path / "out.safetensors")
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
-        files.write_weights(tmp_path / "out.bin", iter(()), {}, {})
+        write_weights(tmp_path / "out.bin", iter(()), {}, {})

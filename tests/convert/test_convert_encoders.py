@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from refalign_jax.convert.dinov3 import dinov3_layers, dinov3_table
-from refalign_jax.convert.files import open_weights, write_weights
+from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.table import check, published_shapes, to_ours, to_published
 from refalign_jax.convert.umt5 import TIED, umt5_names, umt5_table, untied
+from refalign_jax.convert.write import write_weights
 from refalign_jax.models import dinov3, umt5
 from refalign_jax.models.umt5 import UMT5Config
 

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from refalign_jax.convert.files import open_weights, write_weights
+from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.table import published_shapes, to_ours, to_published
 from refalign_jax.convert.vae import vae_table
+from refalign_jax.convert.write import write_weights
 from refalign_jax.models import vae
 from refalign_jax.trees import flatten
 

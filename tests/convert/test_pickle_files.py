@@ -10,7 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from refalign_jax.convert.pickle_files import STORAGES, open_pickle_weights
+from refalign_jax.convert import forms
+from refalign_jax.convert.pickle_files import open_pickle_weights
+from refalign_jax.convert.pickle_reader import STORAGES
 from refalign_jax.convert.table import Entry, to_ours
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -116,8 +118,11 @@ def test_reads_every_tensor_as_stored(plain):
 def test_serves_a_table(plain):
     path, expected = plain
     weights = open_pickle_weights(path)
+    del expected["scalar"]  # of whole numbers, which no weight is
+    weights = forms.View(weights, {name: name for name in expected})
     table = [Entry(f"ours/{name}", name) for name in expected]
     params = to_ours(table, {"ours": expected}, weights)
+    assert params["ours"]["half"].dtype == expected["half"].dtype
     np.testing.assert_array_equal(params["ours"]["transposed"], expected["transposed"])
 
 
@@ -230,10 +235,10 @@ def test_notices_flipped_bytes_when_reading(plain):
         open_pickle_weights(path).read("whole")
 
 
-def test_refuses_legacy_and_other_files(tmp_path):
-    (tmp_path / "legacy.pth").write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2))
-    with pytest.raises(ValueError, match=r"not a zip checkpoint; one from before torch 1\.6"):
-        open_pickle_weights(tmp_path / "legacy.pth")
+def test_refuses_other_files(tmp_path):
+    (tmp_path / "text.pth").write_bytes(b"weights")
+    with pytest.raises(ValueError, match=r"no torch checkpoint: neither a zip nor the format from before torch 1\.6"):
+        open_pickle_weights(tmp_path / "text.pth")
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("readme", b"")
     with pytest.raises(ValueError, match=r"0 files data\.pkl"):
@@ -249,3 +254,152 @@ def test_refuses_legacy_and_other_files(tmp_path):
 def test_refuses_what_is_not_a_dict_of_tensors(tmp_path, content, message):
     with pytest.raises(ValueError, match=message):
         open_pickle_weights(write_checkpoint(tmp_path / "a.pth", content))
+
+
+def write_legacy(path, content, storages, version=1001, little_endian=True):
+    """Writes what torch wrote before 1.6; `storages` are (key, array, number of elements that the file says)."""
+    stream = io.BytesIO()
+    for part in (0x1950A86A20F9469CFC6C, version, {"protocol_version": version, "little_endian": little_endian}):
+        pickle.dump(part, stream, protocol=2)
+    Pickler(stream, protocol=2).dump(content)
+    pickle.dump([key for key, _, _ in storages], stream, protocol=2)
+    for _, array, length in storages:
+        stream.write(np.int64(length).tobytes() + array.tobytes())
+    path.write_bytes(stream.getvalue())
+    return path
+
+
+def legacy(tmp_path, **changes):
+    a, b = np.arange(6, dtype=np.float32), np.arange(5).astype(np.float16)
+    content = {
+        "state_dict": {
+            "a": View(Storage("FloatStorage", "94463250851840", 6), 0, (2, 3), (3, 1)),
+            "a_column": View(Storage("FloatStorage", "94463250851840", 6), 1, (2,), (3,)),
+            "b": View(Storage("HalfStorage", "7", 5), 2, (3,), (1,)),
+        },
+        "optimizer": [View(Storage("LongStorage", "8", 1), 0, (1,), (1,))],
+    }
+    storages = [("7", b, 5), ("8", np.array([3]), 1), ("94463250851840", a, 6)]
+    expected = {"a": a.reshape(2, 3), "a_column": a[[1, 4]], "b": b[2:]}
+    return write_legacy(tmp_path / "old.pth", content, changes.pop("storages", storages), **changes), expected
+
+
+def test_reads_the_format_from_before_torch_1_6(tmp_path):
+    path, expected = legacy(tmp_path)
+    weights = open_pickle_weights(path)
+    assert {name: (value.shape, value.dtype) for name, value in expected.items()} == {
+        name: (weights.shapes[name], weights.dtypes[name]) for name in weights.shapes
+    }
+    for name, value in expected.items():
+        np.testing.assert_array_equal(weights.read(name), value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"version": 1002}, "is of version 1002"),
+        ({"little_endian": False}, "big-endian"),
+        ({"storages": [("7", np.zeros(5, np.float16), 4)]}, "storage of b has 8 bytes, not 10"),
+        ({"storages": [("7", np.zeros(5, np.float16), -5)]}, "storage of b has -10 bytes, not 10"),
+        ({"storages": [("7", np.zeros(3, np.float16), 5)]}, "storage of b has 6 bytes, not 10"),
+        ({"storages": [("7", np.zeros(5, np.float16), 5)]}, r"storage of a has 0 bytes, not 24"),
+        ({"storages": [("9", np.zeros(5, np.float16), 5)]}, "a storage 9 that is of no tensor"),
+    ],
+)
+def test_refuses_a_faulty_old_file(tmp_path, changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        open_pickle_weights(legacy(tmp_path, **changes)[0])
+
+
+def test_refuses_a_truncated_or_longer_old_file(tmp_path):
+    data = legacy(tmp_path)[0].read_bytes()
+    for length in range(20, len(data), 11):
+        (tmp_path / "short.pth").write_bytes(data[:length])
+        with pytest.raises(ValueError, match=r"short\.pth"):
+            open_pickle_weights(tmp_path / "short.pth")
+    (tmp_path / "long.pth").write_bytes(data + b"more")
+    with pytest.raises(ValueError, match="4 bytes behind its last tensor"):
+        open_pickle_weights(tmp_path / "long.pth")
+
+
+def test_refuses_code_in_an_old_file(tmp_path):
+    mark = tmp_path / "ran"
+    path = write_legacy(tmp_path / "bad.pth", {"x": Call(os.mkdir, str(mark))}, [])
+    with pytest.raises(ValueError, match="refused and nothing was run"):
+        open_pickle_weights(path)
+    assert not mark.exists()
+
+
+DEEP = 2_000_000
+START, END = b"\x80\x02", b"."
+
+
+@pytest.mark.parametrize(
+    ("program", "sentence"),
+    [
+        (START + b"]" * DEEP + b"a" * (DEEP - 1) + END, "more than 500,000 instructions"),
+        (START + b"(" * DEEP + b"t" * DEEP + END, "nests more than 16"),
+        (START + b")" + b"\x85" * DEEP + END, "nests more than 16"),
+        (START + b"}" + b"K\x00}" * DEEP + b"s" * DEEP + END, "more than 500,000 instructions"),
+        (START + b"]" + b"K\x000" * DEEP + END, "instruction POP"),
+        (START + b"K\x00" * (DEEP + 9) + END, "more than 500,000 instructions"),
+        (START + b"Kar\xff\xff\xff\xff" + END, "holds a int"),  # an array of a memo that long would take 32 GiB
+        (START + b"\x8d" + (2**62).to_bytes(8, "little") + b"short" + END, "damaged"),
+        (START + b"\x8b" + (10**6).to_bytes(4, "little") + bytes(10**6) + END, "instruction LONG4"),
+        (START + b"\x96" + (2**40).to_bytes(8, "little") + END, "damaged|instruction BYTEARRAY8"),
+        (START + b"(" + b"K\x01" * 50 + b"t" + b"0" * 50 + END, "instruction POP"),
+        (START + b"ctorch\nFloatStorage\n)\x81" + END, "instruction NEWOBJ"),
+        (START + b"}(K\x01K\x02\x86K\x03u" + END, "neither text nor a number"),
+        (START + b"N" * 3 + END, "leaves 3 values"),
+        (START + b"\x86" + END, "takes more values"),
+        (START + b"t" + END, "damaged"),
+    ],
+    ids=range(16),
+)
+def test_survives_programs_that_exhaust_an_interpreter(tmp_path, program, sentence):
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+    with pytest.raises(ValueError, match=sentence):
+        open_pickle_weights(tmp_path / "bomb.pth")
+
+
+def test_refuses_zips_that_hold_more_than_they_can(tmp_path):
+    content = {"x": View(Storage("FloatStorage", "0", 10**7), 0, (10**7,), (1,))}
+    stream = io.BytesIO()
+    Pickler(stream, protocol=2).dump(content)
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", stream.getvalue())
+        archive.writestr("archive/data/0", bytes(4 * 10**7))
+    with pytest.raises(ValueError, match="compressed"):
+        open_pickle_weights(tmp_path / "bomb.pth")
+    with zipfile.ZipFile(tmp_path / "stored.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", stream.getvalue())
+        archive.writestr("archive/data/0", bytes(40))
+    data = (tmp_path / "stored.pth").read_bytes()
+    sizes = np.array([40, 40], "<u4").tobytes()
+    assert data.count(sizes) == 2
+    (tmp_path / "stored.pth").write_bytes(data.replace(sizes, np.array([4 * 10**7] * 2, "<u4").tobytes()))
+    with pytest.raises(ValueError, match="claims 40,000,000 for 'archive/data/0'"):
+        open_pickle_weights(tmp_path / "stored.pth")
+    with zipfile.ZipFile(tmp_path / "large.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", bytes(33 * 2**20))
+    with pytest.raises(ValueError, match="a pickle of more than"):
+        open_pickle_weights(tmp_path / "large.pth")
+    end = b"PK\x05\x06" + np.zeros(4, "<u2").tobytes() + np.array([2**30, 0], "<u4").tobytes() + bytes(2)
+    (tmp_path / "many.pth").write_bytes(b"PK\x03\x04" + bytes(100) + end)
+    with pytest.raises(ValueError, match="1,073,741,824 bytes of file names"):
+        open_pickle_weights(tmp_path / "many.pth")
+
+
+def test_refuses_a_small_storage_that_is_shown_as_a_large_tensor(tmp_path):
+    content = {"x": View(Storage("FloatStorage", "0", 1), 0, (10**6, 10**6), (0, 0))}
+    with pytest.raises(ValueError, match="repeats a storage of only 1 elements"):
+        open_pickle_weights(write_checkpoint(tmp_path / "a.pth", content, {"0": np.zeros(1, np.float32)}))
+
+
+def test_leaves_out_the_attributes_of_a_dict(tmp_path):
+    """`state_dict()` has an attribute `_metadata`."""
+    tensors = collections.OrderedDict(x=View(Storage("FloatStorage", "0", 2), 0, (2,), (1,)))
+    content = Altered(tensors, {"_metadata": {"": {"version": 1}}})
+    weights = open_pickle_weights(write_checkpoint(tmp_path / "a.pth", content, {"0": np.ones(2, np.float32)}))
+    assert list(weights.shapes) == ["x"]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from support.footage import SUBJECTS, panned
 
-from refalign_jax.convert.files import open_weights, write_weights
+from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.table import to_published
 from refalign_jax.convert.vae import vae_table
+from refalign_jax.convert.write import write_weights
 from refalign_jax.data.video import to_float
 from refalign_jax.encoders.open import open_feature_encoder, open_text_encoder, open_video_codec, reopen_video_codec
 from refalign_jax.encoders.wan_vae import load_vae

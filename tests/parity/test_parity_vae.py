@@ -31,6 +31,10 @@ class StateDict:
     def shapes(self):
         return {name: tuple(value.shape) for name, value in self.tensors.items()}
 
+    @property
+    def dtypes(self):
+        return {name: value.numpy().dtype for name, value in self.tensors.items()}
+
     def read(self, name):
         return self.tensors[name].numpy()
 
@@ -125,6 +129,32 @@ def test_refuses_what_torch_saves_beside_tensors(tmp_path):
     torch.save(torch.nn.Linear(3, 2), tmp_path / "module.pt")
     with pytest.raises(ValueError, match=r"names torch\.nn\.modules\.linear\.Linear"):
         open_pickle_weights(tmp_path / "module.pt")
-    torch.save({"w": torch.zeros(2)}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match="not a zip checkpoint"):
-        open_pickle_weights(tmp_path / "legacy.pt")
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "before torch 1.6"])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_reads_both_formats_of_torch(tmp_path, new, protocol):
+    base = torch.arange(24.0)
+    tensors = {
+        "whole": base.reshape(4, 6),
+        "column": base.reshape(4, 6)[:, 2],
+        "half": torch.linspace(-2, 2, 7).bfloat16(),
+        "parameter": torch.nn.Parameter(torch.ones(3)),
+    }
+    module = torch.nn.BatchNorm2d(3)
+    content = {"state_dict": tensors | dict(module.state_dict()), "other": {"step": torch.tensor(7)}}
+    torch.save(content, tmp_path / "a.pt", pickle_protocol=protocol, _use_new_zipfile_serialization=new)
+    weights = open_pickle_weights(tmp_path / "a.pt")
+    assert set(weights.shapes) == set(content["state_dict"])
+    for name, value in content["state_dict"].items():
+        found = weights.read(name)
+        np.testing.assert_array_equal(found.astype(np.float32), value.detach().float().numpy(), err_msg=name)
+    torch.save(module.state_dict(), tmp_path / "b.pt", _use_new_zipfile_serialization=new)
+    assert set(open_pickle_weights(tmp_path / "b.pt").shapes) == set(module.state_dict())
+
+
+def test_reads_float8_of_torch(tmp_path):
+    value = torch.linspace(-3, 3, 8).to(torch.float8_e4m3fn)
+    torch.save({"w": value.reshape(2, 4)}, tmp_path / "a.pt")
+    found = open_pickle_weights(tmp_path / "a.pt").read("w")
+    np.testing.assert_array_equal(found.astype(np.float32), value.float().numpy().reshape(2, 4))

@@ -23,8 +23,8 @@ from refalign_jax import command
 from refalign_jax.config import Storage
 from refalign_jax.convert.checkpoint import save_params
 from refalign_jax.convert.dit import model_table
-from refalign_jax.convert.files import write_weights
 from refalign_jax.convert.table import published_shapes, to_published
+from refalign_jax.convert.write import write_weights
 from refalign_jax.data.examples import Example
 from refalign_jax.data.shard_writer import ShardWriter
 from refalign_jax.sharding import make_mesh

@@ -26,10 +26,11 @@ from refalign_jax.convert.checkpoint import (
     save_params,
 )
 from refalign_jax.convert.dit import model_table
-from refalign_jax.convert.files import open_weights, write_weights
+from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.load import initial_params
 from refalign_jax.convert.table import Stored, published_shapes, to_ours, to_published
 from refalign_jax.convert.transfer import export_weights
+from refalign_jax.convert.write import write_weights
 from refalign_jax.sharding import make_mesh
 from refalign_jax.trainer.checkpoint import Checkpoints
 from refalign_jax.trainer.preflight import check_same_run
