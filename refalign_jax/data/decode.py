@@ -7,6 +7,7 @@ number of frames that a header states decides nothing.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 from collections.abc import Iterator
@@ -16,13 +17,14 @@ import av
 from av.stream import Disposition
 
 from refalign_jax.data.files import check_file
+from refalign_jax.data.matroska import check_matroska
 
 MOST_PIXELS = 1 << 26
 """Pixels of a frame, 8192x8192; decoders of larger ones are not started."""
+_LENIENT = ("mpeg4", "mpeg2video", "mpeg1video")
+"""Decoders that mend damage without a word unless they are told to refuse it."""
 _DOLBY = ("dvh1", "dvhe", "dav1")
 """Codec tags of Dolby Vision; its profile 5 has colours of its own, and names no transfer function."""
-_SEGMENT = bytes.fromhex("18538067")
-"""Matroska's element that holds everything after the file's head."""
 
 
 @contextlib.contextmanager
@@ -42,13 +44,15 @@ def open_video(path: str | os.PathLike[str]) -> Iterator[tuple[av.container.Inpu
             stream = streams[0]
             if stream.codec_context is None:
                 raise ValueError(f"{path} can't be decoded: its codec is unknown.")
-            if stream.codec_context.codec_tag in _DOLBY and stream.codec_context.color_trc in (0, 2):
+            codec = stream.codec_context
+            if codec.name in ("hevc", "av1") and codec.codec_tag in _DOLBY and codec.color_trc in (0, 2):
                 raise ValueError(f"{path} is Dolby Vision without HDR10, HLG or SDR below it; its colours are unknown.")
             if stream.width * stream.height > MOST_PIXELS:
                 raise ValueError(
                     f"{path} has frames of {stream.width}x{stream.height}; at most {MOST_PIXELS} pixels are read."
                 )
-            stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
+            strict = {"err_detect": "explode"} if codec.name in _LENIENT else {}
+            codec.options = {"max_pixels": str(MOST_PIXELS)} | strict
             stream.thread_type = "AUTO"
             yield container, stream
     except av.error.FFmpegError as error:
@@ -60,35 +64,44 @@ def decode(
 ) -> Iterator[av.VideoFrame]:
     """Yields the frames that are shown, in their order.
 
-    Decoding starts at the first key frame. Frames shown before it belong to a group whose start was cut off.
+    Decoding starts at the first key frame. Frames shown before it belong to a group whose start was cut off. A file
+    that begins with a key frame and does not show it is damaged.
 
     Raises:
       ValueError: a packet or a frame is damaged.
       av.error.FFmpegError: the decoder refuses a packet.
     """
-    count, started, first = 0, False, None
+    count, started, cut, first = 0, False, False, None
+    unstamped = container.format.name == "avi"  # its packets are in the order of decoding, one a frame
+    waiting: collections.deque[int | None] = collections.deque()
     for packet in container.demux(stream):
         ends = packet.dts is None and not packet.size
         if not started and packet.is_keyframe and packet.size:
-            started, first = True, packet.pts
+            started, first, cut = True, None if unstamped else packet.pts, cut or packet.is_discard
         if not (started and (packet.size or ends)):  # an empty packet repeats the frame before it
+            cut = True
             continue
         if packet.is_corrupt:
             raise ValueError(f"{path} is damaged or truncated after {count} frames.")
+        if unstamped and packet.size:
+            waiting.append(packet.dts)
         for frame in packet.decode():
+            if waiting:
+                frame.pts = waiting.popleft()
             if first is not None and frame.pts is not None and frame.pts < first:
                 continue
-            if frame.is_corrupt:
+            late = not (count or cut) and first is not None and frame.pts is not None and frame.pts > first
+            if frame.is_corrupt or late:
                 raise ValueError(f"{path} is damaged at frame {count}.")
             count += 1
             yield frame
 
 
 def check_end(path: str | os.PathLike[str], container: av.container.InputContainer, stream: av.VideoStream) -> None:
-    """Checks that a file reaches as far as its index or, in Matroska, its one segment does.
+    """Checks that a file reaches as far as its index says and, for Matroska, that it is whole.
 
     Raises:
-      ValueError: the file is truncated.
+      ValueError: the file is truncated or damaged.
     """
     size = Path(path).stat().st_size
     ends = [entry.pos + entry.size for entry in stream.index_entries if not entry.is_discard]
@@ -96,18 +109,4 @@ def check_end(path: str | os.PathLike[str], container: av.container.InputContain
     if there < len(ends):
         raise ValueError(f"{path} is truncated: {there} of {len(ends)} frames are there.")
     if "matroska" in container.format.name:
-        end = _segment_end(Path(path))
-        if end is not None and end > size:
-            raise ValueError(f"{path} is truncated: {size} of {end} bytes are there.")
-
-
-def _segment_end(path: Path) -> int | None:
-    """Returns where a Matroska file's segment ends, in bytes; None if the file does not say, as a live stream's."""
-    with path.open("rb") as file:
-        head = file.read(1024)
-    at = head.find(_SEGMENT) + len(_SEGMENT)
-    if at < len(_SEGMENT) or at >= len(head) or not head[at]:
-        return None
-    width = 9 - head[at].bit_length()  # the first byte's leading zeros count the bytes that follow
-    size = int.from_bytes(head[at : at + width], "big") & ((1 << 7 * width) - 1)
-    return None if size == (1 << 7 * width) - 1 else at + width + size
+        check_matroska(Path(path))

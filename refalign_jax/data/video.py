@@ -93,9 +93,13 @@ def probe(path: str | os.PathLike[str], most: int | None = None) -> VideoInfo:
         check_end(path, container, stream)
         nominal = [float(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate]
         step = 1 / nominal[0] if nominal else 0.0
+        ahead = 0.0
         for frame in itertools.islice(decode(path, container, stream), most):
-            previous = shown[-1] if shown else (-step, step)
-            time = sum(previous) if frame.time is None else max(frame.time, previous[0] if shown else frame.time)
+            start, length = shown[-1] if shown else (-step, step)
+            time = start + length if frame.time is None else frame.time + ahead
+            if shown and time < start:  # recordings were joined; the second begins where the first ends
+                ahead += start + length - time
+                time = start + length
             shown.append((time, float(frame.duration * (frame.time_base or 0)) or step))
     if not shown:
         raise ValueError(f"{path} shows no frame: none can be decoded.")

@@ -141,6 +141,63 @@ def test_files_whose_end_is_missing(tmp_path, name, codec):
             probe(tmp_path / name)
 
 
+def test_matroska_that_is_damaged_between_its_frames(tmp_path):
+    encode(tmp_path / "x.mkv", range(40))
+    data = (tmp_path / "x.mkv").read_bytes()
+    with av.open(str(tmp_path / "x.mkv")) as container:
+        places = [packet.pos - 2 for packet in container.demux(video=0) if packet.size]  # identifier, length of a byte
+    for place in places[3::9]:
+        assert data[place] == 0xA3  # SimpleBlock
+        (tmp_path / "x.mkv").write_bytes(data[:place] + b"\x01" + data[place + 1 :])
+        with pytest.raises(ValueError, match=r"x\.mkv is (damaged at byte|truncated)"):
+            probe(tmp_path / "x.mkv")
+
+
+def test_matroska_as_it_is_recorded_live(tmp_path):
+    encode(tmp_path / "x.mkv", range(20), max_b_frames=0)
+    with (
+        av.open(str(tmp_path / "x.mkv")) as given,
+        av.open(str(tmp_path / "y.mkv"), "w", options={"live": "1"}) as live,
+    ):
+        stream = live.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                live.mux(packet)
+    assert bytes.fromhex("18538067 01ffffffffffffff") in (tmp_path / "y.mkv").read_bytes()  # a segment without an end
+    check(tmp_path / "y.mkv", range(20))
+    with (tmp_path / "y.mkv").open("ab") as file:
+        file.write(bytes(5000))  # padding
+    check(tmp_path / "y.mkv", range(20))
+
+
+def test_avi_with_frames_out_of_order(tmp_path):
+    for codec in ("libx264", "mpeg4"):
+        encode(tmp_path / "x.avi", range(20), codec, max_b_frames=2)
+        check(tmp_path / "x.avi", range(20))
+
+
+def test_recordings_that_were_joined(tmp_path):
+    encode(tmp_path / "a.ts", range(12))
+    encode(tmp_path / "b.ts", range(12, 20))
+    (tmp_path / "x.ts").write_bytes((tmp_path / "a.ts").read_bytes() + (tmp_path / "b.ts").read_bytes())
+    check(tmp_path / "x.ts", range(20))
+
+
+@pytest.mark.parametrize(("name", "codec"), [("x.mp4", "mpeg4"), ("x.mpg", "mpeg2video"), ("x.mp4", "libx264")])
+def test_damage_that_a_decoder_would_mend(tmp_path, name, codec):
+    encode(tmp_path / name, range(40), codec)
+    with av.open(str(tmp_path / name)) as container:
+        first = next(packet for packet in container.demux(video=0) if packet.is_keyframe)
+        picture = bytes(first)
+    data = (tmp_path / name).read_bytes()
+    middle = picture[-80:-40]
+    assert data.count(middle) == 1
+    (tmp_path / name).write_bytes(data.replace(middle, bytes(range(100, 140))))
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} (can't be decoded|is damaged|shows no frame)"):
+        probe(tmp_path / name)
+
+
 def test_what_is_no_file_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path, message in [
@@ -182,6 +239,22 @@ def test_pixels_become_square(tmp_path, aspect, size):
     cropped = read_frames(tmp_path / "x.mp4", [1], crop=(0, 0, 24, 32))  # regions count the file's own pixels
     assert cropped.shape == (1, round(32 * size[0] / 64), round(24 * size[1] / 96), 3)
     assert cropped.mean() > 200
+
+
+def test_pixels_become_square_after_the_turn(tmp_path):
+    if not hasattr(av.VideoStream, "set_display_rotation"):
+        pytest.skip("this PyAV can't write a rotation")
+    encode(tmp_path / "x.mp4", range(3), sample_aspect_ratio=Fraction(2))
+    with av.open(str(tmp_path / "x.mp4")) as given, av.open(str(tmp_path / "y.mp4"), "w") as turned:
+        stream = turned.add_stream_from_template(given.streams.video[0])
+        stream.set_display_rotation(90)
+        for packet in given.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                turned.mux(packet)
+    frame = read_frames(tmp_path / "y.mp4", [2])[0]
+    assert frame.shape == (192, 64, 3)
+    assert numbers(np.asarray(Image.fromarray(np.rot90(frame, -1)).resize((96, 64)))[None]) == [2]
 
 
 def lossless(path, signal, *, format, **tags):

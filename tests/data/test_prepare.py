@@ -145,6 +145,7 @@ def test_going_on_with_other_settings_is_refused(tmp_path):
     for config, message in [
         (change(stride=1), r"was begun with stride=2, not 1; give the same, or name another folder"),
         (change(seed=3), r"begun with seed=0, not 3"),
+        (change(stride=1, fps=4.0), r"begun with fps=0\.0, not 4\.0"),
         (change(word_width=13), r"was made with the encoders"),
         (change(storage=Storage()), r"holds examples stored as"),
     ]:
@@ -288,7 +289,7 @@ def test_frames_crops_and_references_out_of_videos(tmp_path):
         ({"part": (3, 2)}, r"part=\(3, 2\) must be two numbers, the first from 1 to the second"),
         ({"height": 50}, r"The size is 50x64; .* both must be multiples of 8"),
         ({"dct_channels": 99}, r"99 channels"),
-        ({"vae": "nowhere"}, r"--vae is 'nowhere'; give"),
+        ({"vae": "nowhere"}, r"--vae 'nowhere' does not exist; give"),
     ],
 )
 def test_settings_that_make_no_sense(tmp_path, changes, message):
