@@ -22,7 +22,7 @@ from refalign_jax.data.matroska import check_matroska
 MOST_PIXELS = 1 << 26
 """Pixels of a frame, 8192x8192; decoders of larger ones are not started."""
 _LENIENT = ("mpeg4", "mpeg2video", "mpeg1video")
-"""Decoders that mend damage without a word unless they are told to refuse it."""
+"""Decoders that mend damage silently unless this option makes them refuse it."""
 _DOLBY = ("dvh1", "dvhe", "dav1")
 """Codec tags of Dolby Vision; its profile 5 has colours of its own, and names no transfer function."""
 
