@@ -3,7 +3,7 @@
 The lock is the file `.lock` in the folder. It names the process that holds it and exists as long as it is held. On a
 local disk or NFS the process also holds a POSIX lock on it (`fcntl.lockf`), which the system releases when the process
 ends, however it ends. Where a file system has no such locks, as object stores, the file alone is the lock. That is a
-best effort: two processes that start within the same second are told apart by reading the file again.
+best effort: two processes that start within the same second are kept apart by reading the file again.
 
 A file that is left over is recognised:
 
@@ -186,7 +186,7 @@ def _identity(what: str) -> str:
 
 
 def begun(pid: int) -> str:
-    """When a process began, in a form that tells it from any other of its number; empty where that is not known."""
+    """When a process began, in a form that no other process of its number has; empty where that is not known."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19]}"
