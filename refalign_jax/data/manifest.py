@@ -9,10 +9,15 @@ killed leaves a dataset of whole shards. Folders are local, or any that etils' e
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import hashlib
+import itertools
 import json
+import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
@@ -20,9 +25,11 @@ from etils import epath
 from refalign_jax.atomic import write_text
 from refalign_jax.config import FIELDS, Storage
 from refalign_jax.data.examples import Spec
+from refalign_jax.digests import digest_json
 
 MANIFEST = "manifest.json"
 FORMAT = "refalign_jax examples 1"
+_NAME = re.compile(r"(?!\.)[^/\0]+(/(?!\.)[^/\0]+)*")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +49,28 @@ class Shard:
     """Number of text tokens, S."""
     vfm_cosine: list[float]
     """Mean cosine of the stored VFM features to the exact ones; 1 without references."""
+    inputs: list[str] = dataclasses.field(default_factory=list)
+    """Digest of everything that an example was made of; empty where it is not known, as in older manifests."""
+
+    def check(self) -> None:
+        """Raises ValueError unless every field has its type and all lists have one entry per example."""
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise ValueError(f"a shard's name is {self.name!r:.60}; it must be that of a file in the folder")
+        if not (_is_count(self.bytes) and isinstance(self.sha256, str) and re.fullmatch("[0-9a-f]{64}", self.sha256)):
+            raise ValueError(f"{self.name} must have bytes, a whole number, and sha256, 64 hexadecimal digits")
+        lists: dict[str, Callable[[Any], bool]] = {
+            "ids": lambda value: isinstance(value, str),
+            "references": _is_count,
+            "text_lengths": _is_count,
+            "vfm_cosine": lambda value: isinstance(value, (int, float)) and math.isfinite(value),
+            "inputs": lambda value: isinstance(value, str),
+        }
+        for name, right in lists.items():
+            values = getattr(self, name)
+            if not isinstance(values, list) or not all(map(right, values)):
+                raise ValueError(f"{self.name} has a wrong value in its list {name}")
+            if len(values) != len(self.ids) and not (name == "inputs" and not values):
+                raise ValueError(f"{self.name} has {len(self.ids)} ids, but {len(values)} values in its list {name}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +136,8 @@ class Manifest:
             "made": dict(self.made),
         }
         lines = [json.dumps(dataclasses.asdict(shard)) for shard in self.shards]
-        return json.dumps(head, indent=1)[:-2] + ',\n "shards": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+        body = json.dumps(head, indent=1)[:-2] + ',\n "shards": [\n  ' + ",\n  ".join(lines) + "\n ]"
+        return f"{body}{_seal(body)}"
 
     @classmethod
     def from_json(cls, text: str) -> Manifest:
@@ -118,18 +148,68 @@ class Manifest:
         """
         data = json.loads(text)
         if data["format"] != FORMAT:
-            raise ValueError(f"its format is {data['format']!r}, not {FORMAT!r}")
-        fields = data["fields"]
-        F, H, W, C = fields["video_latents"]["shape"]
-        return cls(
+            raise ValueError(f"its format is {data['format']!r:.60}, not {FORMAT!r}")
+        unknown = data.keys() - {
+            "format",
+            "complete",
+            "num_examples",
+            "fields",
+            "vfm_cosine",
+            "made",
+            "shards",
+            "sha256",
+        }
+        if unknown:
+            raise ValueError(f"it has the unknown field {min(unknown)!r:.60}")
+        body = text.rpartition(',\n "sha256"')[0]
+        if "sha256" in data and text != f"{body}{_seal(body)}":
+            raise ValueError("it was changed after it was written: its sha256 is another")
+        fields, made = data["fields"], data["made"]
+        shapes = fields["video_latents"]["shape"], fields["text"]["shape"][1], fields["vfm_features"]["shape"][2]
+        F, H, W, C = shapes[0]
+        if not all(map(_is_count, (F, H, W, C, *shapes[1:]))):
+            raise ValueError("a size among its fields is not a whole number")
+        found = cls(
             complete=data["complete"],
             storage=Storage(**{name: fields[name]["dtype"] for name in FIELDS}),
             video_latents=(F, H, W, C),
-            text_width=fields["text"]["shape"][1],
-            vfm_width=fields["vfm_features"]["shape"][2],
-            made=data["made"],
+            text_width=shapes[1],
+            vfm_width=shapes[2],
+            made=made,
             shards=tuple(Shard(**shard) for shard in data["shards"]),
         )
+        found.check()
+        return found
+
+    def check(self) -> None:
+        """Raises ValueError unless every field has its type, shards are well-formed, and ids are unique."""
+        if not isinstance(self.complete, bool):
+            raise ValueError(f"complete is {self.complete!r:.60}; it must be true or false")
+        objects = [self.made, *(self.made.get(name, {}) for name in ("settings", "encoders", "digests"))]
+        if not all(isinstance(value, dict) for value in objects):
+            raise ValueError("made, and settings, encoders and digests in it, must be objects")
+        for shard in self.shards:
+            shard.check()
+        ids = collections.Counter(id for shard in self.shards for id in shard.ids)
+        if ids and (most := ids.most_common(1)[0])[1] > 1:
+            raise ValueError(f"the id {most[0]!r:.60} is in it twice")
+
+    def identity(self, count: int) -> str:
+        """Digest of the first `count` examples, by their shards' SHA-256; empty where a shard has examples beyond."""
+        ends = list(itertools.accumulate((len(shard.ids) for shard in self.shards), initial=0))
+        if count not in ends:
+            return ""
+        return digest_json([[shard.ids, shard.sha256] for shard in self.shards[: ends.index(count)]])
+
+
+def _seal(body: str) -> str:
+    """The end of a manifest's text: the digest of everything before it."""
+    return f',\n "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
+
+
+def _is_count(value: Any) -> bool:
+    """Whether a value is a whole number that is not negative."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def write_manifest(folder: str | os.PathLike[str], manifest: Manifest) -> None:
@@ -154,5 +234,5 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         raise ValueError(
             f"{path} can't be read ({error.strerror or error}); a dataset is a folder that tools/prepare.py wrote."
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(f"{path} is not a manifest of prepared examples: {error!s:.200}.") from error

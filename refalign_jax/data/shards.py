@@ -59,8 +59,17 @@ class ShardSource:
 
     def where(self, index: int) -> tuple[str, int]:
         """Returns the name of the shard of example `index`, in [0, len), and the number of its record in it."""
-        shard = bisect.bisect_right(self._ends, index)
-        return self.manifest.shards[shard].name, index - (self._ends[shard - 1] if shard else 0)
+        shard, place = self._find(index)
+        return shard.name, place
+
+    def _find(self, index: int) -> tuple[Shard, int]:
+        """Returns the shard of an example, and the number of its record in it."""
+        number = bisect.bisect_right(self._ends, index)
+        return self.manifest.shards[number], index - (self._ends[number - 1] if number else 0)
+
+    def identity(self, count: int) -> str:
+        """Returns a digest of the first `count` examples, as `Manifest.identity` does."""
+        return self.manifest.identity(count)
 
     def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Returns what `examples.parse` returns for the record, read-only views of its bytes.
@@ -68,13 +77,16 @@ class ShardSource:
         Raises:
           CorruptRecordError: ArrayRecord's checksum, the safetensors header or the shapes are wrong.
         """
+        shard, place = self._find(index)
+        name, ids = shard.name, shard.ids
         try:
             arrays, about = parse(self._records[index])
             shapes = (arrays["video_latents"].shape, arrays["text"].shape[1], arrays["vfm_features"].shape[2])
             if shapes != (self.spec.video_latents, self.spec.text_width, self.spec.vfm_width):
                 raise ValueError(f"its shapes {shapes} are not the manifest's")
+            if about["id"] != ids[place]:
+                raise ValueError(f"its id is {about['id']!r:.60}, the manifest has {ids[place]!r:.60} there")
         except (RuntimeError, ValueError, OSError) as error:
-            name, place = self.where(index)
             raise CorruptRecordError(
                 f"{self.folder / name}, record {place} (example {index}) can't be read: {first_line(error)}."
             ) from error
