@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from etils import epath
+from tqdm import tqdm
 
 CACHE = ".digests.jsonl"
 """The cache's file in a folder of results."""
@@ -48,6 +49,7 @@ class Digests:
         self._known: dict[str, tuple[list[int], str]] = {}
         self._checked: dict[str, str] = {}
         self._file: Any = None
+        self._unwritten: list[bytes] = []
         self._guard = threading.Lock()
         if self._path is not None and self._path.is_file():
             for line in self._path.read_bytes().split(b"\n"):
@@ -113,28 +115,33 @@ class Digests:
         names = _walk(place, "")
         if not names:
             raise ValueError(f"{place} holds no file.")
-        return digest_json([[name, self.file(place / name)] for name in sorted(names)])
+        bar = tqdm(sorted(names), desc=f"SHA-256 of {place.name}", unit="file", delay=5)
+        return digest_json([[name, self.file(place / name)] for name in bar])
 
     def _remember(self, name: str, state: list[int], digest: str) -> None:
         """Enters a digest into the cache."""
         self._known[name] = state, digest
         with self._guard:
-            if self._path is None or not self._path.parent.is_dir():
-                return
-            try:
-                if self._file is None:
-                    self._file = self._path.open("ab")
-                self._file.write(b"\n" + json.dumps([name, state, digest]).encode())
-                self._file.flush()
-            except OSError:
-                self._path = None
+            self._unwritten.append(b"\n" + json.dumps([name, state, digest]).encode())
+            self._write()
+
+    def _write(self) -> None:
+        """Writes what the cache lacks, if its folder exists by now."""
+        if self._path is None or not self._unwritten or not self._path.parent.is_dir():
+            return
+        with contextlib.suppress(OSError):
+            self._file = self._file or self._path.open("ab")
+            self._file.write(b"".join(self._unwritten))
+            self._file.flush()
+        self._unwritten.clear()
 
     def close(self) -> None:
         """Closes the cache's file."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):
+        with self._guard, contextlib.suppress(OSError):
+            self._write()
+            if self._file is not None:
                 self._file.close()
-            self._file = None
+                self._file = None
 
     def __enter__(self) -> Digests:
         return self

@@ -159,6 +159,8 @@ class PrepareConfig:
     """dtype of each field on disk."""
     examples_per_shard: int = 32
     """Examples per file; those of an unfinished file are made again after an interruption."""
+    redo: bool = False
+    """Make examples again whose videos, images or masks have changed since; otherwise such a run is refused."""
     part: tuple[int, int] = (1, 1)
     """Which part this process prepares, and of how many, such as 2 8."""
     workers: int = 2

@@ -25,10 +25,24 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_unique)
+            json.dumps(value, ensure_ascii=False).encode()
+        except RecursionError as error:
+            raise ValueError(f"{path}, line {number} is nested too deeply.") from error
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{path}, line {number} holds half of a surrogate pair, which is no character.") from error
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
         yield number, value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object of its fields; one of them would be lost where two have one name."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has the field {max(names, key=names.count)!r} twice")
+    return found
 
 
 def check_fields(value: Any, known: Mapping[str, bool], where: str) -> None:
@@ -65,5 +79,7 @@ def check_text(value: Any, name: str, where: str, empty: bool = False) -> None:
     Raises:
       ValueError: it is not.
     """
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{where}: {name} is {value!r:.60}; it must not hold the character NUL.")
     if not isinstance(value, str) or not (value or empty):
         raise ValueError(f"{where}: {name} is {value!r:.60}; it must be a string{'' if empty else ' and not empty'}.")

@@ -89,7 +89,9 @@ class ShardWriter:
         """Continues the dataset of an earlier writer."""
         if found.storage != self.manifest.storage:
             raise ValueError(f"{self.folder} holds examples stored as {found.storage}, not as {self.manifest.storage}.")
-        theirs, ours = (encoders_apart(made) for made in (found.made, self.manifest.made))
+        theirs, ours = found.made.get("encoders"), self.manifest.made.get("encoders")
+        if found.made.get("digests") and self.manifest.made.get("digests"):
+            theirs, ours = (encoders_apart(made) for made in (found.made, self.manifest.made))
         if theirs != ours:
             raise ValueError(f"{self.folder} was made with the encoders {theirs}, not {ours}; name another folder.")
         self.manifest = dataclasses.replace(found, made=self.manifest.made)
@@ -98,6 +100,22 @@ class ShardWriter:
     def done(self) -> frozenset[str]:
         """Ids of the examples in finished shards, which need not be prepared again."""
         return frozenset(id for shard in self.manifest.shards for id in shard.ids)
+
+    def read(self, id: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Returns what `examples.parse` returns for a finished example.
+
+        Raises:
+          ValueError: its shard can't be read.
+        """
+        shard = next(shard for shard in self.manifest.shards if id in shard.ids)
+        return parse(self._blobs(shard, [shard.ids.index(id)])[0])
+
+    def _blobs(self, shard: Shard, rows: list[int]) -> list[bytes]:
+        """Returns the records of a finished shard."""
+        try:
+            return list(ArrayRecordDataSource([os.fspath(self.folder / shard.name)]).__getitems__(rows))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise ValueError(f"{self.folder / shard.name} can't be read: {first_line(error)}.") from error
 
     def remove(self, ids: Set[str]) -> None:
         """Takes finished examples out of the dataset, so that they can be added again.
@@ -123,11 +141,7 @@ class ShardWriter:
         rows = [row for row, id in enumerate(shard.ids) if id not in ids]
         if not rows:
             return []
-        try:
-            blobs = ArrayRecordDataSource([os.fspath(self.folder / shard.name)]).__getitems__(rows)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ValueError(f"{self.folder / shard.name} can't be read: {first_line(error)}.") from error
-        written = _OpenShard(self._next_path())
+        blobs, written = self._blobs(shard, rows), _OpenShard(self._next_path())
         for blob, row in zip(blobs, rows, strict=True):
             written.write(blob, shard, row)
         return [written.finish()]

@@ -70,6 +70,10 @@ class TextEncoder(Protocol):
         """
         ...
 
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Counts the tokens that each prompt would have if none were cut; `encode` keeps the first 512."""
+        ...
+
 
 class FeatureEncoder(Protocol):
     """A vision foundation model (VFM): images to features on a grid of patches."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from refalign_jax.config import ComputeDtype, PrepareConfig
 from refalign_jax.convert.files import read_config
+from refalign_jax.digests import Digests
 from refalign_jax.encoders.daisy import DAISY
 from refalign_jax.encoders.dct import DCTCodec
 from refalign_jax.encoders.dinov3 import DINOv3
@@ -39,6 +40,19 @@ class Encoders:
     def describe(self) -> dict[str, dict[str, Any]]:
         """Returns what the manifest of a dataset says about its encoders."""
         return {"video": self.video.describe(), "text": self.text.describe(), "vfm": self.vfm.describe()}
+
+
+def weights_digests(described: Mapping[str, Mapping[str, Any]], digests: Digests) -> dict[str, str]:
+    """Returns the digests of encoders' weights by name, without the stand-ins, which have none.
+
+    Args:
+      described: what the encoders' `describe` returned, by name.
+      digests: of the folder of results.
+
+    Raises:
+      ValueError, OSError: weights can't be read.
+    """
+    return {name: digests.tree(about["path"]) for name, about in described.items() if "path" in about}
 
 
 def open_encoders(config: PrepareConfig) -> Encoders:

@@ -56,6 +56,10 @@ class UMT5:
             rows += [row[:length] for row, length in zip(np.asarray(embeddings), lengths, strict=True)][: len(part)]
         return rows
 
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Counts tokens as `TextEncoder.count_tokens` specifies, the end token included."""
+        return umt5.count_tokens(self._tokenizer, prompts)
+
 
 def infer_umt5_config(weights: Tensors, compute_dtype: ComputeDtype) -> umt5.UMT5Config:
     """Infers the sizes from the shapes of the first block and the number of blocks.

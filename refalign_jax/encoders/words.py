@@ -40,12 +40,19 @@ class WordHashes:
 
     def encode(self, prompts: Sequence[str]) -> list[Float[np.ndarray, "S width"]]:
         """Embeds prompts as `TextEncoder.encode` specifies; components have unit variance."""
-        sentences = []
-        for prompt in prompts:
-            words = [word.strip(string.punctuation) for word in prompt.lower().split()]
-            sentences.append([*[word for word in words if word][: MAX_TEXT_LENGTH - 1], ""])
+        sentences = [[*_words(prompt)[: MAX_TEXT_LENGTH - 1], ""] for prompt in prompts]
         return [np.stack([self._vector(word) for word in words]) for words in sentences]
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """Counts words and the end, as `TextEncoder.count_tokens` specifies."""
+        return [len(_words(prompt)) + 1 for prompt in prompts]
 
     def _vector(self, word: str) -> Float[np.ndarray, " width"]:
         seed = int.from_bytes(hashlib.sha256(word.encode()).digest(), "little")
         return np.random.default_rng(seed).standard_normal(self.width, np.float32)
+
+
+def _words(prompt: str) -> list[str]:
+    """Splits a prompt."""
+    words = [word.strip(string.punctuation) for word in prompt.lower().split()]
+    return [word for word in words if word]

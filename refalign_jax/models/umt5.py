@@ -254,6 +254,12 @@ def tokenize(
     return np.asarray(tokens["input_ids"], np.int32), np.asarray(tokens["attention_mask"], np.int32)
 
 
+def count_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+    """Counts the tokens of prompts, the end token included, as `tokenize` would give them if it did not truncate."""
+    tokens = tokenizer([clean_prompt(prompt) for prompt in prompts], add_special_tokens=True, verbose=False)
+    return [len(ids) for ids in tokens["input_ids"]]
+
+
 def encode_prompts(
     params: Params,
     prompts: Sequence[str],

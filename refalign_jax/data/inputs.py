@@ -1,0 +1,149 @@
+"""What a prepared example was made of: digests of its files and of everything else in its record.
+
+The digest of all of it stands in the manifest, that of each file in the example's metadata. Where a file is does not
+matter: what was moved or renamed is the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from refalign_jax.data.manifest import Manifest
+from refalign_jax.data.records import Record
+from refalign_jax.digests import Digests, digest_json
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The inputs of one example."""
+
+    files: Mapping[str, str]
+    """Digest of each file by its role: `video`, `references[0]`, `references[0].mask` and so on."""
+    rest: Any
+    """Prompt, frames, regions and names, as JSON."""
+
+    @property
+    def digest(self) -> str:
+        """Digest of all inputs, 32 hexadecimal digits."""
+        return digest_json([dict(self.files), self.rest])[:32]
+
+
+def files_of(record: Record, max_references: int) -> dict[str, Path]:
+    """The files of a record by their role, as in `Inputs.files`."""
+    files = {"video": record.video}
+    for number, reference in enumerate(record.references[:max_references]):
+        files[f"references[{number}]"] = reference.path
+        if reference.mask is not None and not isinstance(reference.mask, np.ndarray):
+            files[f"references[{number}].mask"] = reference.mask
+    return files
+
+
+def read_inputs(record: Record, max_references: int, digests: Digests) -> Inputs:
+    """Digests a record.
+
+    Args:
+      record: the record.
+      max_references: how many of its references are used, the first ones.
+      digests: of the folder of results.
+
+    Raises:
+      ValueError: a file does not exist or is no regular file.
+      OSError: a file can't be read.
+    """
+    files = {role: digests.file(path) for role, path in files_of(record, max_references).items()}
+    references = [
+        {
+            name: _digest_array(value) if isinstance(value, np.ndarray) else value
+            for name, value in vars(reference).items()
+            if name != "path" and not isinstance(value, os.PathLike)
+        }
+        for reference in record.references[:max_references]
+    ]
+    return Inputs(files=files, rest=[record.prompt, record.crop, record.frames, references])
+
+
+def _digest_array(values: np.ndarray) -> str:
+    return hashlib.sha256(repr((values.shape, values.dtype.str)).encode() + values.tobytes()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How the finished examples of a dataset compare with the records of a run that goes on with it."""
+
+    changed: frozenset[str]
+    """Ids of examples whose inputs are others now."""
+    gone: int
+    """Number of examples of which a file is gone, so that they are kept as they are."""
+    unknown: int
+    """Number of examples that have no digest, because an older version made them; they are kept."""
+    others: int
+    """Number of examples of records that this run does not have; they are kept."""
+
+    def __str__(self) -> str:
+        """Clauses on what is kept without being known to be up to date; empty where there is none."""
+        clauses = (
+            (self.gone, "whose files are gone"),
+            (self.unknown, "without digests, as older versions made them"),
+            (self.others, "of other records"),
+        )
+        found = [f"{count} {words}" for count, words in clauses if count]
+        return f" Kept unchecked: {', '.join(found)}." if found else ""
+
+
+def compare(
+    manifest: Manifest, records: Sequence[Record], max_references: int, digests: Digests, workers: int
+) -> Comparison:
+    """Compares the finished examples of a dataset with the records as they are now.
+
+    Args:
+      manifest: of the dataset.
+      records: of this run.
+      max_references: how many references of a record are used.
+      digests: of the dataset's folder.
+      workers: threads that read files.
+    """
+    before = {
+        id: digest
+        for shard in manifest.shards
+        for id, digest in zip(shard.ids, shard.inputs or [""] * len(shard.ids), strict=True)
+    }
+    known = [record for record in records if before.get(record.id)]
+
+    def look(record: Record) -> str | None:
+        try:
+            return read_inputs(record, max_references, digests).digest
+        except (ValueError, OSError):
+            return None
+
+    with ThreadPoolExecutor(workers) as pool:
+        now = list(tqdm(pool.map(look, known), total=len(known), desc="compare inputs", unit="record", delay=5))
+    changed = {record.id for record, digest in zip(known, now, strict=True) if digest and digest != before[record.id]}
+    return Comparison(
+        changed=frozenset(changed),
+        gone=now.count(None),
+        unknown=sum(not digest for digest in before.values()),
+        others=len(before.keys() - {record.id for record in records}),
+    )
+
+
+def changed_files(record: Record, before: Mapping[str, str], max_references: int, digests: Digests) -> list[str]:
+    """Names what changed of a record's inputs: paths, or its text.
+
+    Args:
+      record: the record.
+      before: the example's `Inputs.files`.
+      max_references: how many references are used.
+      digests: of the dataset's folder.
+    """
+    now, paths = read_inputs(record, max_references, digests).files, files_of(record, max_references)
+    roles = sorted(role for role in now.keys() | before.keys() if now.get(role) != before.get(role))
+    return [str(paths.get(role, role)) for role in roles] or ["its record"]
