@@ -97,7 +97,7 @@ def _rate(times: Float[np.ndarray, " N+1"], chosen: Int[np.ndarray, " T"], fps: 
         return fps / stride
     if seconds <= 0 or (fps and abs(apart / fps - seconds) <= TICK):
         return float(fps * steps / apart)
-    return float(steps / seconds)
+    return float(np.round(steps / seconds, 6))
 
 
 def choose_by_time(

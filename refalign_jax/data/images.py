@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,6 +20,19 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF", "JPEG2000
 _WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 """Pillow's modes of one channel of 16 or 32 bits; its own conversion would clip them at 255."""
 
+_FAULTS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    struct.error,
+)
+"""What Pillow's decoders raise on damaged files; AVIF's, for one, a RuntimeError."""
+
 
 @contextlib.contextmanager
 def _image(path: str | os.PathLike[str], what: str) -> Iterator[tuple[Image.Image, str]]:
@@ -32,7 +46,7 @@ def _image(path: str | os.PathLike[str], what: str) -> Iterator[tuple[Image.Imag
     except Image.DecompressionBombError as error:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise ValueError(f"{path} is too large for {what}; at most {most} pixels are read.") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except _FAULTS as error:
         raise ValueError(f"{path} can't be read as {what}: {str(error).rstrip('.')}.") from error
 
 

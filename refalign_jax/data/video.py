@@ -112,7 +112,7 @@ def _rate(seconds: float, steps: int, nominal: Sequence[float]) -> float:
     for rate in nominal:
         if abs(steps / rate - seconds) <= TICK:
             return rate
-    return steps / seconds if seconds > 0 else next(iter(nominal), 0.0)
+    return float(np.round(steps / seconds, 6)) if seconds > 0 else next(iter(nominal), 0.0)
 
 
 def read_frames(
