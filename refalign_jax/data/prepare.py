@@ -277,7 +277,7 @@ def _check_settings(folder: epath.Path, config: PrepareConfig) -> None:
     """Raises ValueError if the folder has a dataset that was begun with other settings."""
     if not (folder / MANIFEST).exists():
         return
-    found = {"fps": 0.0} | read_manifest(folder).made.get("settings", {})  # older datasets have no `fps`
+    found = read_manifest(folder).made.get("settings", {})
     older = {"fps": 0.0}  # fields that settings did not have at first, and what held then
     for name, value in config.settings.items():
         before = found.get(name, older.get(name))
