@@ -25,7 +25,7 @@ TORCH = (".pth", ".pt", ".bin", ".ckpt")
 """Suffixes of torch checkpoints."""
 
 _INDEX = re.compile(r".+\.(safetensors|bin)\.index(\.\w+)?\.json")
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})(-of-(?P<total>\d{5}))?(?P<suffix>\.[a-z]+)")
+_SHARD = re.compile(r"(?P<stem>.+?)-(?P<number>\d{5})(-of-(?P<total>\d{5}))?(?P<suffix>\.[a-z]+)")
 _VARIANT = re.compile(r"\.(fp16|bf16|fp32|fp8|ema|non_ema)\b")
 
 
