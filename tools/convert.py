@@ -22,12 +22,13 @@ def import_(
     *,
     num_heads: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: width / 128)")] = None,
 ) -> None:
-    """Reads Wan2.1's, RefAlign's or diffusers' safetensors into a checkpoint; dtypes are kept.
+    """Reads weights of Wan2.1, RefAlign, diffusers or ComfyUI into a checkpoint; dtypes are kept, float8 is widened.
 
     Args:
-      weights: a safetensors file, an index of shards, or a folder with either.
+      weights: a safetensors or torch file, an index of shards, or a folder with one of these or with a pipeline.
       checkpoint: the folder to write.
-      num_heads: attention heads; every published Wan model has width / 128.
+      num_heads: attention heads, where neither the file nor a config.json beside it says; published Wan models have
+        width / 128.
     """
     from refalign_jax.convert.transfer import import_weights
 
