@@ -241,7 +241,7 @@ def to_devices(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
-def bytes_a_device(shapes: Any) -> int:
+def bytes_per_device(shapes: Any) -> int:
     """Bytes per device of a tree of `jax.ShapeDtypeStruct`s with shardings, without its random keys."""
     leaves = [x for x in jax.tree.leaves(shapes) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)]
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves)

@@ -14,7 +14,7 @@ from support.runs import FAST_COMPILE, MODEL, recipe
 
 from refalign_jax.config import AlignmentConfig, Config, MeshConfig, ModelConfig, OptimizerConfig, wan_1_3b, wan_14b
 from refalign_jax.sharding import (
-    bytes_a_device,
+    bytes_per_device,
     check_batch,
     check_heads,
     make_mesh,
@@ -106,7 +106,7 @@ def test_heads_that_do_not_divide_are_refused_with_the_divisors_that_fit():
 def test_the_state_of_both_models_is_spread_evenly(dit):
     config = Config(model=ModelConfig(dit=dit), optimizer=OptimizerConfig(ema_decay=0.99))
     alone, spread = (state_shapes(config, mesh_of(1, n)) for n in (1, 8))
-    assert bytes_a_device(spread) / bytes_a_device(alone) < 1.01 / 8
+    assert bytes_per_device(spread) / bytes_per_device(alone) < 1.01 / 8
     params, moments = spread.params, spread.optimizer[1].mu
     for a, b, c in zip(*map(jax.tree.leaves, (params, moments, spread.ema)), strict=True):
         assert a.sharding == b.sharding == c.sharding

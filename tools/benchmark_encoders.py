@@ -19,10 +19,9 @@ import numpy as np
 import tyro
 
 from refalign_jax.command import run
-from refalign_jax.convert.dinov3 import dinov3_layers, dinov3_table
-from refalign_jax.convert.table import to_ours
-from refalign_jax.convert.umt5 import umt5_names, umt5_table, untied
-from refalign_jax.convert.vae import vae_table
+from refalign_jax.encoders.dinov3 import load_dinov3
+from refalign_jax.encoders.umt5 import load_umt5
+from refalign_jax.encoders.wan_vae import load_vae
 from refalign_jax.models import dinov3, umt5, vae
 
 
@@ -95,8 +94,7 @@ def _vae(torch: Any, repeats: int) -> None:
     model: Any = AutoencoderKLWan()
     model.eval()
     config = vae.VAEConfig()
-    shapes = jax.eval_shape(lambda: vae.init(config, jax.random.key(0)))
-    params = jax.device_put(to_ours(vae_table(config, "diffusers"), shapes, StateDict(model.state_dict())))
+    params = jax.device_put(load_vae(config, StateDict(model.state_dict())))
     video = np.random.default_rng(0).uniform(-1, 1, (1, 17, 96, 96, 3)).astype(np.float32)
     mean, std = (np.asarray(x, np.float32) for x in (config.latent_mean, config.latent_std))
     pixels = torch.from_numpy(np.moveaxis(video, -1, 1).copy())
@@ -130,9 +128,7 @@ def _umt5(torch: Any, repeats: int) -> None:
     )
     ids = np.random.default_rng(0).integers(2, 1000, (1, 512)).astype(np.int32)
     mask = (np.arange(512) < 400).astype(np.int32)[None]
-    tensors = untied(StateDict(model.state_dict()))
-    shapes = jax.eval_shape(lambda: umt5.init(config, jax.random.key(0)))
-    params = jax.device_put(to_ours(umt5_table(config, umt5_names(tensors.shapes)), shapes, tensors))
+    params = jax.device_put(load_umt5(config, StateDict(model.state_dict())))
     inputs = {"input_ids": torch.from_numpy(ids).long(), "attention_mask": torch.from_numpy(mask).long()}
     _report(
         "UMT5 (1024 wide, 8 layers)",
@@ -153,9 +149,7 @@ def _dinov3(torch: Any, repeats: int) -> None:
     for parameter in model.parameters():
         parameter.add_(0.02 * torch.randn_like(parameter))
     config = dinov3.DINOv3Config.from_json(model.config.to_dict())
-    tensors = StateDict(model.state_dict())
-    shapes = jax.eval_shape(lambda: dinov3.init(config, jax.random.key(0)))
-    params = jax.device_put(to_ours(dinov3_table(config, dinov3_layers(tensors.shapes)), shapes, tensors))
+    params = jax.device_put(load_dinov3(config, StateDict(model.state_dict())))
     pixels = np.random.default_rng(0).standard_normal((1, 480, 832, 3)).astype(np.float32)
     theirs = torch.from_numpy(np.moveaxis(pixels, -1, 1).copy())
     _report(

@@ -16,7 +16,7 @@ from refalign_jax.config import Config
 from refalign_jax.convert.checkpoint import ARRAYS, read_json
 from refalign_jax.convert.load import initial_params
 from refalign_jax.initial import random_params
-from refalign_jax.sharding import bytes_a_device, place_shapes, replicated
+from refalign_jax.sharding import bytes_per_device, place_shapes, replicated
 from refalign_jax.trainer.checkpoint import Checkpoints
 from refalign_jax.trainer.optimizer import init_optimizer
 from refalign_jax.trainer.preflight import check_disk, check_same_run
@@ -70,7 +70,7 @@ def begin(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainSt
       OSError: the disk has no room for a checkpoint.
     """
     shapes = state_shapes(config, mesh)
-    held = bytes_a_device(shapes)
+    held = bytes_per_device(shapes)
     logger.info("%s parameters; a device holds %.3f GB of the state.", f"{count(shapes.params):,}", held / 1e9)
     check_room(shapes, checkpoints)
 
