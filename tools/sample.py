@@ -3,7 +3,8 @@
     python tools/sample.py runs/a prompts.jsonl out/ --num-steps 50
     python tools/sample.py refalign.safetensors prompts.jsonl out/ --vae Wan2.1_VAE.pth --text-encoder umt5/
 
-Started again, it continues where it stopped.
+Started again, it continues where it stopped: it keeps a video whose prompt, references, weights and settings are what
+they were, makes the others, and prints why.
 """
 
 from pathlib import Path
@@ -34,9 +35,12 @@ def sample(
     """
     from refalign_jax.inference.generate import generate, open_generator
     from refalign_jax.inference.outputs import SAMPLES
-    from refalign_jax.inference.requests import read_requests
+    from refalign_jax.inference.requests import check_references, read_requests
+    from refalign_jax.locks import check_free
 
     requests = read_requests(prompts)
+    check_references(requests)  # before weights are read, which takes minutes
+    check_free(out, "tools/sample.py")
     generate(requests, out, open_generator(weights, config))
     print(f"{len(requests)} videos are in {out}, described by {out / SAMPLES}.")
 

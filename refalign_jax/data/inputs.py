@@ -62,7 +62,7 @@ def read_inputs(record: Record, max_references: int, digests: Digests) -> Inputs
     files = {role: digests.file(path) for role, path in files_of(record, max_references).items()}
     references = [
         {
-            name: _digest_array(value) if isinstance(value, np.ndarray) else value
+            name: digest_array(value) if isinstance(value, np.ndarray) else value
             for name, value in vars(reference).items()
             if name != "path" and not isinstance(value, os.PathLike)
         }
@@ -71,7 +71,8 @@ def read_inputs(record: Record, max_references: int, digests: Digests) -> Inputs
     return Inputs(files=files, rest=[record.prompt, record.crop, record.frames, references])
 
 
-def _digest_array(values: np.ndarray) -> str:
+def digest_array(values: np.ndarray) -> str:
+    """SHA-256 of an array, hexadecimal."""
     return hashlib.sha256(repr((values.shape, values.dtype.str)).encode() + values.tobytes()).hexdigest()
 
 

@@ -3,12 +3,17 @@
 <id>.mp4                            the video of a request
 <id>-reference-0.png, -1.png, …     its references as the model received them
 samples.json                        one entry per video: prompt, files, and how it was made
+
+An entry has digests of all that decides its video (references, masks, weights, encoders) and of its files. A video is
+kept if these are what they would be now, and made again otherwise. Entries of other requests are left alone.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +22,28 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from refalign_jax.atomic import atomic_write, write_text
+from refalign_jax.config import flat_fields
+from refalign_jax.data.inputs import digest_array
+from refalign_jax.data.records import Reference
+from refalign_jax.digests import Digests, differences
 from refalign_jax.inference.requests import Request
 
 SAMPLES = "samples.json"
 
 
-def describe_sample(request: Request, made: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the entry of samples.json for a request.
+def describe_sample(request: Request, made: Mapping[str, Any], digests: Digests) -> dict[str, Any]:
+    """Returns the entry of samples.json for a request, without the digests of its files.
 
     Args:
       request: the request.
       made: JSON: everything that decides the video beside prompt and references.
+      digests: of the folder of samples.
+
+    Raises:
+      ValueError, OSError: a reference can't be read.
     """
     references = [
-        {"image": _reference_name(request.id, number)}
-        | ({} if reference.subject is None else {"subject": reference.subject})
-        | {"source": str(reference.path)}
+        {"image": _reference_name(request.id, number), **_describe_reference(reference, digests)}
         for number, reference in enumerate(request.references)
     ]
     return {
@@ -40,27 +51,94 @@ def describe_sample(request: Request, made: Mapping[str, Any]) -> dict[str, Any]
         "prompt": request.prompt,
         "video": f"{request.id}.mp4",
         "references": references,
-        "made": dict(made),
+        "made": json.loads(json.dumps(dict(made))),
     }
 
 
-def find_done(folder: Path, wanted: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Returns the entries of a folder's samples.json by id, without those that must be made or made again.
+def _describe_reference(reference: Reference, digests: Digests) -> dict[str, Any]:
+    """What decides a reference: digests of image and mask, where they are, and regions where there are any."""
+    described: dict[str, Any] = {} if reference.subject is None else {"subject": reference.subject}
+    described |= {"source": str(reference.path), "sha256": digests.file(reference.path)}
+    if isinstance(reference.mask, np.ndarray):
+        described["mask_sha256"] = digest_array(reference.mask)
+    elif reference.mask is not None:
+        described |= {"mask": str(reference.mask), "mask_sha256": digests.file(reference.mask)}
+    regions = {"frame": reference.frame, "crop": reference.crop, "box": reference.box}
+    return described | {name: value for name, value in json.loads(json.dumps(regions)).items() if value is not None}
+
+
+def digest_files(folder: Path, entry: Mapping[str, Any], digests: Digests) -> dict[str, str]:
+    """Digests of the files of an entry by their names: the video and the references as the model received them.
+
+    Raises:
+      ValueError, OSError: one is missing or can't be read.
+    """
+    for name in file_names(entry):
+        digests.forget(folder / name)
+    return {name: digests.file(folder / name) for name in file_names(entry)}
+
+
+def file_names(entry: Mapping[str, Any]) -> list[str]:
+    """Names of the files of an entry."""
+    return [entry["video"], *(reference["image"] for reference in entry["references"])]
+
+
+def reason_to_make(folder: Path, before: Mapping[str, Any] | None, wanted: Mapping[str, Any], digests: Digests) -> str:
+    """Why a video must be made; empty where the one that is there is what is wanted.
+
+    Contents are compared: where references, weights and encoders lie does not matter.
 
     Args:
       folder: where the videos are.
-      wanted: entries as `describe_sample` returns them. The folder's entry of the same id is dropped unless it agrees
-        with the wanted one (further fields, such as scores, may be there) and its video exists.
-
-    Raises:
-      ValueError: samples.json is not JSON.
+      before: the folder's entry; None where it has none.
+      wanted: the entry as `describe_sample` returns it.
+      digests: of the folder.
     """
-    found = {entry["id"]: entry for entry in read_samples(folder)}
-    for entry in wanted:
-        before = found.get(entry["id"])
-        if before is not None and not (before | dict(entry) == before and (folder / entry["video"]).exists()):
-            del found[entry["id"]]
-    return found
+    if before is None:
+        return "new"
+    files, old, new = before.get("files"), _content(before), _content(wanted)
+    if not isinstance(files, dict) or "digests" not in old["made"]:
+        return "made by an older version"
+    if old != new:
+        parts = [name for name in ("prompt", "references") if old[name] != new[name]]
+        made = differences(flat_fields(old["made"]), flat_fields(new["made"]))
+        return f"other {', '.join([*parts, *(name.removeprefix('digests.') for name in made)])}"
+    try:
+        return "" if digest_files(folder, wanted, digests) == files else "its files were changed"
+    except (ValueError, OSError):
+        return "its files are missing"
+
+
+def _content(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a video, without the places of its inputs."""
+    made = dict(entry["made"]) if isinstance(entry.get("made"), dict) else {}
+    encoders = made.get("encoders")
+    if isinstance(encoders, dict):
+        made["encoders"] = {name: _without(described, "path") for name, described in encoders.items()}
+    found = entry.get("references")
+    references = [_without(reference, "source", "mask") for reference in found] if isinstance(found, list) else found
+    return {"prompt": entry.get("prompt"), "references": references, "made": _without(made, "weights")}
+
+
+def _without(value: Any, *names: str) -> Any:
+    return {name: field for name, field in value.items() if name not in names} if isinstance(value, dict) else value
+
+
+def summarise(count: int, reasons: Mapping[str, str]) -> str:
+    """Says how many of the requested videos are kept, and how many are made for which reason."""
+    if not reasons:
+        return f"All {count} videos are there, made of the same inputs; they are kept."
+    found = collections.Counter(reasons.values()).most_common()
+    clauses = [f"{number} {reason}" if reason == "new" else f"{number} again ({reason})" for reason, number in found]
+    return f"{count - len(reasons)} of {count} videos are kept; to be made: {', '.join(clauses)}."
+
+
+def remove_files(folder: Path, names: Iterable[str]) -> None:
+    """Removes files of a folder, as far as they are there."""
+    for name in names:
+        if Path(name).name == name:
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
 
 
 def write_references(folder: Path, id: str, images: UInt8[np.ndarray, "R h w 3"]) -> None:
@@ -78,15 +156,27 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     """Reads the entries of a folder's samples.json; none if there is no such file.
 
     Raises:
-      ValueError: it is not JSON.
+      ValueError: it is not JSON, or not a list of entries with unique ids and the names of their videos.
     """
     path = folder / SAMPLES
     if not path.exists():
         return []
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}; remove it.") from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} holds a {type(entries).__name__}, not a list; remove it.")
+    ids: set[str] = set()
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("id", "video")):
+            raise ValueError(
+                f"{path}: entry {number} is not an object with id and video, two strings; remove the file."
+            )
+        if entry["id"] in ids:
+            raise ValueError(f"{path}: entry {number} has the id {entry['id']!r:.60} of another; remove the file.")
+        ids.add(entry["id"])
+    return entries
 
 
 def write_samples(folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
