@@ -53,6 +53,7 @@ def _of_one_step(config):
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1))
 
 
+@pytest.mark.slow
 def test_every_stage_once(tmp_path, monkeypatch):
     config = DemoConfig(folder=tmp_path / "demo", clips=24, samples=3, seeds=1)
     run = config.folder / "seed-0"

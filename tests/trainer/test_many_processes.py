@@ -23,6 +23,8 @@ from refalign_jax.trainer.log import read_metrics
 from refalign_jax.trainer.loop import train
 from refalign_jax.trees import flatten
 
+pytestmark = pytest.mark.slow
+
 
 def saved(folder: Path) -> dict[str, np.ndarray]:
     """All arrays of a run's newest checkpoint."""
