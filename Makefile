@@ -31,7 +31,7 @@ $(VENV)/.ahead: $(VENV)/.installed
 
 # All tests but those of `make parity` and `make ahead`. A file's tests run in one process, which shares their programs.
 test: $(VENV)/.installed
-	$(BIN)/pytest -n 2 --dist loadfile --ignore tests/parity --ignore tests/perf/test_ahead.py
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/parity --ignore tests/perf/test_ahead.py
 
 # Against torch, diffusers and transformers.
 parity: $(VENV)/.parity

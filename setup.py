@@ -60,7 +60,7 @@ setup(
             "build>=1.2,<2",
             "setuptools>=77",
             "pytest>=8,<10",
-            "pytest-xdist>=3.6,<4",
+            "pytest-xdist>=3.7,<4",
             "hypothesis>=6.100,<7",
             "beartype>=0.22,<0.24",
             "ruff>=0.15,<0.18",

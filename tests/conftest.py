@@ -27,6 +27,12 @@ hook = install_import_hook([f"refalign_jax.{name}" for name in SHAPED], "beartyp
 hook.__enter__()
 
 
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that one process does not end with them while the other is idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Folder of the golden values."""
