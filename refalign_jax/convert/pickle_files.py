@@ -95,7 +95,7 @@ def open_pickle_weights(path: str | Path) -> PickleWeights:
         raise ValueError(f"{path} is not a file; expected a torch checkpoint.")
     with path.open("rb") as file:
         start = file.read(64)
-    is_zip = zipfile.is_zipfile(path)
+    is_zip = _is_zip(path)
     if not is_zip and start[:4] == b"PK\x03\x04":
         raise ValueError(f"{path} ({path.stat().st_size} bytes) is a truncated torch checkpoint.")
     if not is_zip and _MAGIC_BYTES not in start:
@@ -109,6 +109,13 @@ def open_pickle_weights(path: str | Path) -> PickleWeights:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     return PickleWeights(str(path), shapes, dtypes, tensors, places)
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile as error:  # raised where the end of a zip is there, but damaged
+        raise ValueError(f"{path} is a damaged torch checkpoint: {error}.") from error
 
 
 def _open_zip(path: Path) -> tuple[dict[str, Tensor], dict[str, str | int]]:

@@ -199,8 +199,9 @@ def check_finite(value: np.ndarray, name: str, source: str) -> None:
     bits = value.reshape(-1).view(f"u{value.dtype.itemsize}")
     magnitude = bits.dtype.type(2 ** (8 * value.dtype.itemsize - 1) - 1)
     infinite = bits.dtype.type((2**info.nexp - 1) << info.nmant)
-    if bits.size and np.max(bits & magnitude) >= infinite:
-        count = np.count_nonzero((bits & magnitude) >= infinite)
+    parts = (bits[start : start + 2**18] & magnitude for start in range(0, bits.size, 2**18))  # no copy of the whole
+    count = sum(np.count_nonzero(part >= infinite) for part in parts)
+    if count:
         raise ValueError(
             f"{source}: {name} holds {count:,} values that are NaN or infinite, of {bits.size:,}; the file is damaged "
             "or was saved from a run that diverged."

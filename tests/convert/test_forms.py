@@ -445,3 +445,42 @@ def test_what_is_a_checkpoint_and_what_are_weights(exported, tensors, tmp_path):
     (tmp_path / "empty").mkdir()
     assert is_checkpoint(str(tmp_path / "empty"))
     assert not holds_weights(tmp_path / "empty")
+
+
+def damage(data, rng, most):
+    """Bytes cut short, changed, inserted or left out within the first `most`."""
+    place = int(rng.integers(min(most, len(data))))
+    kind = rng.integers(4)
+    if kind == 0:
+        return data[:place]
+    if kind == 1:
+        changed = bytearray(data)
+        for index in rng.integers(min(most, len(data)), size=rng.integers(1, 6)):
+            changed[index] = rng.integers(256)
+        return bytes(changed)
+    inserted = rng.integers(0, 256, rng.integers(1, 9), dtype=np.uint8).tobytes() if kind == 2 else b""
+    return data[:place] + inserted + data[place + (int(rng.integers(1, 40)) if kind == 3 else 0) :]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_files_are_refused_in_a_sentence(tensors, tmp_path, seed):
+    """250 files a seed: headers, pickles and indexes; what still opens is read."""
+    rng = np.random.default_rng(seed)
+    few = {name: tensors[name] for name in list(tensors)[:5]}
+    write_safetensors(tmp_path / "a.safetensors", few, {METADATA: '{"dit": {}, "alignment": {}}'})
+    write_torch(tmp_path / "a.pth", few)
+    (tmp_path / "a.json").write_text(json.dumps({"weight_map": dict.fromkeys(few, "a.safetensors")}))
+    sentences = []
+    for i in range(250):
+        source = tmp_path / ("a.safetensors", "a.pth", "a.json")[i % 3]
+        path = tmp_path / f"damaged{source.suffix}"
+        path.write_bytes(damage(source.read_bytes(), rng, 10**6 if source.suffix == ".pth" else 1000))
+        try:
+            opened = open_weights(path)
+            for name in opened.shapes:
+                np.array(opened.read(name))
+            open_transformer(path)
+        except ValueError as error:
+            sentences.append(str(error))
+    assert all(sentence.endswith(".") for sentence in sentences)
+    assert len(sentences) > 150
