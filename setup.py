@@ -42,7 +42,7 @@ setup(
         "tyro>=1.0,<2",
         "rich>=13,<16",
         "tqdm>=4.66,<5",
-        "av>=17,<19",
+        "av>=18,<19",
         "pillow>=11.3,<14",
         "tensorboardX>=2.6.2,<3",
         "matplotlib>=3.9,<4",

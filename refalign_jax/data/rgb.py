@@ -20,7 +20,7 @@ import functools
 
 import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, Colorspace, ColorTrc
+from av.video.reformatter import ColorPrimaries, ColorTrc
 from jaxtyping import UInt8
 
 from refalign_jax.types import Float
@@ -38,6 +38,7 @@ _TO_BT709 = np.array(
 """Light in BT.2020's primaries to light in BT.709's, ITU-R BT.2087."""
 _LUMINANCE = np.array([0.2627, 0.6780, 0.0593], np.float32)
 """Weights of BT.2020's primaries in luminance."""
+_BT709, _BT601, _BT2020 = 1, 5, 9
 _MATRICES = {1, 2, 3, 4, 5, 6, 7, 9}
 """Numbers of ITU-T H.273 that swscale converts: BT.709, none named (2, 3), FCC, BT.601 (5, 6), SMPTE 240M, BT.2020."""
 
@@ -53,12 +54,12 @@ def to_rgb(frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
         raise ValueError(f"its colours are coded by matrix {matrix} of ITU-T H.273, which can't be converted")
     hdr = frame.color_trc in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
     wide = frame.color_primaries == ColorPrimaries.BT2020 or (
-        hdr and frame.color_primaries != ColorPrimaries.BT709 and matrix != Colorspace.ITU709
+        hdr and frame.color_primaries != ColorPrimaries.BT709 and matrix != _BT709
     )
     source = None
     if coded and matrix in (0, 2, 3):
         large = frame.height >= 720 or frame.width >= 1280
-        source = Colorspace.BT2020 if wide else Colorspace.ITU709 if large else Colorspace.ITU601
+        source = _BT2020 if wide else _BT709 if large else _BT601
     if not (hdr or wide):
         return frame.to_ndarray(format="rgb24", src_colorspace=source, interpolation=UNBIASED)
     signal = frame.to_ndarray(format="gbrp16le", src_colorspace=source, interpolation=UNBIASED)  # rgb48 comes out wrong

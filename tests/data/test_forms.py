@@ -260,7 +260,7 @@ def test_pixels_become_square_after_the_turn(tmp_path):
 def lossless(path, signal, *, format, **tags):
     """Writes two frames of RGB signals, uint8 or uint16 [rows, columns, 3], coded in a format with the given tags."""
     tags = {"colorspace": 2, "color_range": 0, "color_trc": 2, "color_primaries": 2} | tags
-    matrix = {1: "ITU709", 9: "BT2020"}.get(tags["colorspace"], "ITU601")
+    matrix = {1: 1, 9: 9}.get(tags["colorspace"], 5)
     given = av.VideoFrame.from_ndarray(signal, format="rgb24" if signal.dtype == np.uint8 else "gbrp16le")
     options = {"dst_colorspace": tags.pop("coded", matrix), "interpolation": 2 | 0x2000 | 0x40000}
     options["dst_color_range"] = "JPEG" if tags["color_range"] == 2 else "MPEG"
@@ -292,8 +292,8 @@ def patches(seed, rows=32, columns=32):
         (32, 32, {"colorspace": 5, "color_range": 2}),
         (32, 32, {"colorspace": 1, "color_range": 2}),
         (32, 32, {"colorspace": 9}),
-        (720, 32, {"coded": "ITU709"}),
-        (16, 1280, {"coded": "ITU709"}),
+        (720, 32, {"coded": 1}),
+        (16, 1280, {"coded": 1}),
         (720, 32, {"colorspace": 6}),
     ],
 )
@@ -358,6 +358,15 @@ def test_colours_that_can_not_be_converted(tmp_path):
         ValueError, match=r"x\.mkv can't be decoded: its colours are coded by matrix 14 of ITU-T H\.273"
     ):
         read_frames(tmp_path / "x.mkv", [0])
+
+
+def test_dolby_vision_of_colours_of_its_own_is_refused(tmp_path):
+    encode(tmp_path / "x.mp4", range(6), "libx265", options={"x265-params": "log-level=none"})
+    data = (tmp_path / "x.mp4").read_bytes()
+    assert data.count(b"hev1") == 1
+    (tmp_path / "x.mp4").write_bytes(data.replace(b"hev1", b"dvhe"))
+    with pytest.raises(ValueError, match=r"x\.mp4 is Dolby Vision without HDR10, HLG or SDR below it"):
+        probe(tmp_path / "x.mp4")
 
 
 def test_plain_files_are_read_as_before(tmp_path):
