@@ -8,10 +8,18 @@ mistakes are shown at once. `refalign NAME …` and `python tools/NAME.py …` r
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
+import io
 import logging
 import os
+import re
+import shlex
+import signal
 import sys
+import tempfile
+import threading
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -19,6 +27,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from tyro.conf import arg
 
+from refalign_jax.atomic import first_line
 from refalign_jax.config import Config, read_recipe
 
 Main = Callable[[list[str], str], int | None]
@@ -28,6 +37,9 @@ OutputFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(def
 """A file that is written only if it is named."""
 
 _PACKAGE = Path(__file__).parent
+INTERRUPTED = "Interrupted; start the same command again to continue."
+"""The last line of a command that Ctrl-C ended; its exit code is 130."""
+
 TOOLS = next(filter(Path.is_dir, (_PACKAGE / "tools", _PACKAGE.parent / "tools")), _PACKAGE / "tools")
 """The commands: inside of the package when it is installed, beside it in a clone."""
 
@@ -39,15 +51,16 @@ def main() -> None:
         lines = [f"    {name:20s} {_summary(name)}" for name in command_names()]
         print("usage: refalign COMMAND [OPTIONS]\n", *lines, "\nrefalign COMMAND --help shows a command's.", sep="\n")
         return
-    _exit(lambda: load(name)(arguments, f"refalign {name}"))
+    exit_with(lambda: load(name)(expand_home(arguments), f"refalign {name}"))
 
 
 def run(command: Main) -> None:
     """Runs a command on the command line of this process and exits with what it returns.
 
-    A `ValueError` or `OSError` is the user's to mend: its sentence goes to stderr, and the exit code is 2.
+    A `ValueError` or `OSError` is the user's to mend: its sentence goes to stderr, and the exit code is 2. After Ctrl-C
+    it is 130. Any other error is ours: the traceback is kept in a file that the sentence names, and the exit code is 1.
     """
-    _exit(lambda: command(sys.argv[1:], sys.argv[0]))
+    exit_with(lambda: command(expand_home(sys.argv[1:]), sys.argv[0]))
 
 
 def log_progress() -> None:
@@ -134,17 +147,95 @@ def _summary(name: str) -> str:
     return (ast.get_docstring(ast.parse((TOOLS / f"{name}.py").read_text(encoding="utf-8"))) or "").split("\n")[0]
 
 
-def _exit(call: Callable[[], int | None]) -> None:
+def expand_home(arguments: Sequence[str]) -> list[str]:
+    """Replaces ~ at the start of an argument, or of the value in --name=value, by the home folder."""
+    split = [re.fullmatch(r"(--[^=]*=)?(.*)", argument, re.DOTALL) for argument in arguments]
+    return [f"{found[1] or ''}{os.path.expanduser(found[2])}" for found in split if found]
+
+
+def exit_with(call: Callable[[], int | None]) -> None:
+    """Calls a command and exits the process; whatever happens, the last line is a sentence and no traceback."""
+    _open_streams()
+    signals: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        signals.append(number)
+        raise KeyboardInterrupt
+
+    before = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGINT, interrupt)
     try:
-        code = call()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        code = 130
-    sys.exit(code or 0)
+        code, sentence = call() or 0, ""
+    except (Exception, KeyboardInterrupt) as error:
+        # An import or a callback that Ctrl-C stopped may have raised another error.
+        stopped = bool(signals) or isinstance(error, KeyboardInterrupt)
+        code, sentence = (130, INTERRUPTED) if stopped else _judge(error)
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL if signals else before)
+    with contextlib.suppress(OSError):
+        print(*filter(None, [sentence]), sep="", end="\n" if sentence else "", file=sys.stderr)
+    sys.exit(_close_streams() or code)
+
+
+def _judge(error: BaseException) -> tuple[int, str]:
+    """The exit code and the sentence for an error: 2 for what the user can mend, 1 for what nobody foresaw."""
+    text = str(error)
+    if isinstance(error, BrokenPipeError):  # the reader of stdout or stderr, such as head, has had enough
+        return 1, ""
+    if isinstance(error, ValueError | OSError):
+        return 2, f"error: {text}"
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("refalign_jax"):
+        return 2, f"error: The package {error.name} is not installed; install it with pip."
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        return 2, f"error: There is too little memory: {first_line(error)}."
+    in_backend = traceback.extract_tb(error.__traceback__)[-1].filename.endswith("xla_bridge.py")
+    if in_backend or (isinstance(error, RuntimeError) and "initialize backend" in text):
+        return 2, f"error: JAX can't use its devices ({first_line(error)}); JAX_PLATFORMS=cpu chooses the CPU."
+    return 1, f"error: {_keep_traceback(error)}"
+
+
+def _keep_traceback(error: BaseException) -> str:
+    """Writes the traceback of an unforeseen error to a file; returns a sentence that names it."""
+    what = f"{type(error).__name__}: {first_line(error)}"
+    lines = [shlex.join(sys.argv), f"Python {sys.version}", *traceback.format_exception(error)]
+    try:
+        handle, name = tempfile.mkstemp(prefix="refalign-error-", suffix=".txt")
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("\n".join(lines))
+    except OSError:
+        return f"This was not foreseen ({what}); please report it as CONTRIBUTING.md describes."
+    return f"This was not foreseen ({what}); please report it as CONTRIBUTING.md describes, with the file {name}."
+
+
+def _open_streams() -> None:
+    """Opens stdin, stdout and stderr on the null device where they are closed, since any file would take their place.
+
+    What a stream can't encode is escaped.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        mode = "r" if name == "stdin" else "w"
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _close_streams() -> int:
+    """Flushes stdout and stderr; returns 1 where stdout can't be written, and lets nothing be flushed again."""
+    code = 0
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:
+            if stream is sys.stdout:
+                code = 1
+                if not isinstance(error, BrokenPipeError):
+                    with contextlib.suppress(OSError):
+                        print(f"error: The output can't be written: {error.strerror}.", file=sys.stderr, flush=True)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code

@@ -74,6 +74,11 @@ def check_gpu(arguments: list[str], prog: str) -> int:
         raise ValueError(f"{GOLDEN} does not exist; the golden values come with a clone, so run the GPU check there.")
     import jax
 
+    if jax.default_backend() != "gpu":
+        raise ValueError(
+            f"JAX finds no GPU here, only {jax.devices()[0].device_kind!r}; the GPU check needs an NVIDIA GPU and "
+            "pip install -e '.[cuda]'."
+        )
     from refalign_jax.perf import gpu_check
 
     results, verdicts = gpu_check.check(given.config, [GOLDEN / name for name in ("dit_a", "encoders_a")], given.plan)

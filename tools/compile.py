@@ -111,7 +111,11 @@ def _table(files: tuple[Path, ...]) -> str:
     """Reports as a Markdown table."""
     from refalign_jax.perf import tables
 
-    return tables.table([report for path in files for report in _read(path)])
+    reports = [report for path in files for report in _read(path)]
+    try:
+        return tables.table(reports)
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"--table: one of the files is no report of --json, or an old one ({error!r}).") from error
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -119,10 +123,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"--table: the report {path} does not exist; name files that --json wrote.")
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         reports = found if isinstance(found, list) else [found]
-        missing = {key for report in reports for key in ("topology", "memory_gib", "tiles") if key not in report}
-    except (OSError, ValueError, TypeError) as error:
+        missing = {key for report in reports for key in ("topology", "memory_gib", "tiles") if key not in dict(report)}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"--table {path}: can't be read as a report of --json ({error}).") from error
     if missing:
         raise ValueError(f"--table {path}: no report of --json, or an old one; it lacks {', '.join(sorted(missing))}.")

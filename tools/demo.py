@@ -36,8 +36,8 @@ def demo(
 
     try:
         report = (stages.compare if compare else stages.demo)(config, read)
-    except (InterruptedError, KeyboardInterrupt) as stopped:
-        print(str(stopped) or "Stopped; start again to continue.", file=sys.stderr)
+    except InterruptedError as stopped:  # a run that Ctrl-C or SIGTERM ended has saved a checkpoint
+        print(stopped, file=sys.stderr)
         return 130
     print(f"The report is {report.resolve()}")
     return 0

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
+import os
 import types
 import typing
 from typing import Any, Literal
 
 
 def check_values(config: Any) -> None:
-    """Checks every field against its annotation: whole numbers, finite numbers, choices, tuples of these.
+    """Checks every field against its annotation; those that are paths are not checked.
 
-    Other annotations (text, paths, nested configurations) are not checked.
+    Whole numbers, finite numbers, switches, text, choices, tuples of these, and configurations are.
 
     Raises:
       ValueError: a value that its annotation does not allow, or a number that is NaN or infinite.
@@ -50,6 +52,14 @@ def check_range(
                 raise ValueError(f"{type(config).__name__}.{name}={value} must be {allowed}.")
 
 
+def expand_home(config: Any, *names: str) -> None:
+    """Replaces ~ at the start of fields that hold paths by the home folder; None, an unset field, stays."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            object.__setattr__(config, name, os.path.expanduser(value))  # the class is frozen
+
+
 def check_num_frames(config: Any) -> None:
     """Raises ValueError unless `num_frames` is 4k+1, which the VAE needs; None, an unset field, passes."""
     frames = config.num_frames
@@ -81,8 +91,16 @@ def _wrong(hint: Any, value: Any) -> str:
         if len(each) != len(value):
             return f"must hold {len(each)} values"
         return next(filter(None, map(_wrong, each, value)), "")
+    if typing.get_origin(hint) is tuple:
+        return "must be a tuple"
     if hint is type(None):
         return "" if value is None else "must be unset"
+    if hint is str and not isinstance(value, str):
+        return "must be text"
+    if hint is bool and not isinstance(value, bool):
+        return "must be true or false"
+    if dataclasses.is_dataclass(hint) and not isinstance(value, typing.cast(type, hint)):
+        return f"must be a {getattr(hint, '__name__', hint)}"
     if hint is int and (not isinstance(value, numbers.Integral) or isinstance(value, bool)):
         return "must be a whole number"
     if hint is float and not isinstance(value, numbers.Real):

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from typing import Any, Literal
 
-from refalign_jax.config.checks import check_num_frames, check_range, check_values
+from refalign_jax.config.checks import check_num_frames, check_range, check_values, expand_home
 
 ComputeDtype = Literal["float32", "bfloat16"]
 
@@ -68,6 +68,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        expand_home(self, "path")
         check_range(self, "batch_size", "num_threads", "prefetch", least=1)
         check_range(self, "max_references", "held_out", "num_workers", "max_corrupt", least=0)
         check_range(self, "text_length", least=1, most=MAX_TEXT_LENGTH)
@@ -180,6 +181,7 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        expand_home(self, "vae", "text_encoder", "vfm")
         check_range(self, "height", "width", "num_frames", "stride", "examples_per_shard", least=1)
         check_range(self, "workers", "batch_size", "dct_channels", "word_width", least=1)
         check_range(self, "max_references", "seed", "tile", "fps", least=0)

@@ -80,8 +80,10 @@ def from_dict(kind: type[Kind], values: Mapping[str, Any], source: str) -> Kind:
     """Builds a configuration from the nested dict that `dataclasses.asdict` made of it.
 
     Raises:
-      ValueError: a field that `kind` does not have.
+      ValueError: a field that `kind` does not have, lacks, or cannot have this value.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{source}: {kind.__name__} is {values!r:.60}; it must be an object.")
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     if unknown:
@@ -94,7 +96,10 @@ def from_dict(kind: type[Kind], values: Mapping[str, Any], source: str) -> Kind:
         elif isinstance(value, list) and _is_tuple(hint):
             value = tuple(value)
         converted[name] = value
-    return kind(**converted)
+    try:
+        return kind(**converted)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def _is_tuple(hint: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from refalign_jax.config.checks import check_num_frames, check_range, check_values
+from refalign_jax.config.checks import check_num_frames, check_range, check_values, expand_home
 
 SolverName = Literal["euler", "dpm++", "unipc"]
 
@@ -89,6 +89,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         """Refuses numbers that make no video."""
         check_values(self)
+        expand_home(self, "dataset", "vae", "text_encoder")
         check_range(self, "height", "width", "num_frames", "batch_size", "fsdp", "num_steps", "shift", above=0)
         check_range(self, "seed", "fps", least=0)
         check_num_frames(self)

@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import field
 from typing import Literal
 
-from refalign_jax.config.checks import check_range, check_values
+from refalign_jax.config.checks import check_range, check_values, expand_home
 from refalign_jax.config.data import DataConfig, SyntheticConfig
 from refalign_jax.config.model import ModelConfig
 from refalign_jax.config.sample import SamplingConfig
@@ -160,6 +160,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Refuses counts that are too small, and a folder that is not local."""
         check_values(self)
+        expand_home(self, "folder", "checkpoint_folder", "init", "compilation_cache")
         check_range(self, "steps", "save_every", "keep", "previews", "lost_after_seconds", least=1)
         check_range(self, "max_skipped", "held_out_every", "preview_every", "profile_start", "profile_steps", least=0)
         check_range(self, "peak_tflops", "stalled_after_seconds", least=0)

@@ -71,7 +71,9 @@ def contact_sheet(source: ShardSource, rows: int) -> Figure:
             place.axis("off")
         for place, image, title in zip(axes, principal_colours(frames), titles, strict=False):
             place.imshow(image, interpolation="nearest")
-            place.set_title(title, fontsize=7)
+            # Not as a formula where it holds dollars; half of a surrogate pair has no glyph.
+            drawable = title.encode("utf-8", "replace").decode()
+            place.set_title(drawable, fontsize=7, parse_math=False)
     return figure
 
 
