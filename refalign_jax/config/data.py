@@ -55,7 +55,10 @@ class DataConfig:
     shuffle_seed: int = 0
     """Seed of the global order, in [0, 2^32)."""
     held_out: int = 0
-    """Examples at the dataset's end that training never sees: a multiple of batch_size, 0 for none."""
+    """Examples at the dataset's end that training never sees, 0 for none."""
+    grown_from: int = 0
+    """Number of examples that the dataset had when the run began, where it has grown since: the run goes on with all of
+    them after the epoch that has begun, and what was held out stays so. 0: it has not grown."""
     num_workers: int = 0
     """Processes that read and batch; 0 reads in threads of this one. Batches come through /dev/shm, which must hold a
     few of them for each worker."""
@@ -70,13 +73,15 @@ class DataConfig:
         check_values(self)
         expand_home(self, "path")
         check_range(self, "batch_size", "num_threads", "prefetch", least=1)
-        check_range(self, "max_references", "held_out", "num_workers", "max_corrupt", least=0)
+        check_range(self, "max_references", "held_out", "grown_from", "num_workers", "max_corrupt", least=0)
         check_range(self, "text_length", least=1, most=MAX_TEXT_LENGTH)
         check_range(self, "shuffle_seed", least=0, below=2**32)
-        if self.held_out % self.batch_size:
-            raise ValueError(
-                f"DataConfig.held_out={self.held_out} must be a multiple of batch_size={self.batch_size}, or 0."
-            )
+        if self.grown_from and self.held_out >= self.grown_from:
+            raise ValueError(f"DataConfig.held_out={self.held_out} must be below grown_from={self.grown_from}.")
+
+    def first_held_out(self, num_examples: int) -> int:
+        """Index of the first held-out example in a dataset of so many examples."""
+        return (self.grown_from or num_examples) - self.held_out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -201,5 +201,5 @@ class Config:
             if getattr(self.train, name) and not self.data.held_out:
                 raise ValueError(
                     f"train.{name}={getattr(self.train, name)} needs examples that training never sees; set "
-                    "data.held_out to a multiple of data.batch_size."
+                    "data.held_out."
                 )

@@ -7,10 +7,17 @@ does not depend on processes, workers or threads, and the iterator's whole state
 seeking is O(1), and a run can continue with another number of processes or another batch size.
 
 The last `held_out` examples of a dataset never appear in training.
+
+A dataset may grow at its end while a run is stopped. With `data.grown_from`, the number of examples it had when the run
+began, the run goes on with all of them: the epoch that had begun ends in its old order, so that no example is shown
+less often than the others, and the epochs after it are over all examples. The last `held_out` of the first `grown_from`
+examples stay held out. The state has the digest of the dataset's beginning, and the order's segments: where each number
+of examples came into use.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import ctypes
 import gc
@@ -21,7 +28,7 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import grain
@@ -65,6 +72,10 @@ class Source(Protocol):
         """
         ...
 
+    def identity(self, count: int) -> str:
+        """Returns a digest of the first `count` examples; another text where they are others."""
+        ...
+
 
 class BatchIterator:
     """An endless iterator over the batches of one process, as `make_loader` returns it.
@@ -75,14 +86,13 @@ class BatchIterator:
     def __init__(
         self,
         config: DataConfig,
-        order: grain.MapDataset,
+        order: _Order,
         read: _Read,
         rank: int,
         processes: int,
-        about: dict[str, int],
     ) -> None:
         self._config, self._order, self._read = config, order, read
-        self._rank, self._processes, self._about = rank, processes, about
+        self._rank, self._processes = rank, processes
         self._consumed = 0
         self._corrupt: set[str] = set()
         self._running: list[grain.DatasetIterator] = []
@@ -93,7 +103,8 @@ class BatchIterator:
         """Builds Grain's pipeline from the current position on."""
         _keep_freed_memory()
         config = self._config
-        rows = self._order[self._consumed : _ENDLESS].batch(config.batch_size // self._processes)
+        order: grain.MapDataset = grain.MapDataset.source(self._order)
+        rows = order[self._consumed : _ENDLESS].batch(config.batch_size // self._processes)
         batches = rows[self._rank :: self._processes].map(self._read)
         options = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
         pipeline = batches.to_iter_dataset(options)
@@ -130,24 +141,46 @@ class BatchIterator:
             batch = {name: np.array(values) for name, values in batch.items()}
         return batch
 
-    def get_state(self) -> dict[str, int]:
+    def get_state(self) -> dict[str, Any]:
         """Returns the position after the last batch taken: plain JSON, the same in every process."""
-        return {"examples_consumed": self._consumed, **self._about}
+        source, config = self._read.source, self._config
+        return {
+            "examples_consumed": self._consumed,
+            "shuffle_seed": config.shuffle_seed,
+            "first_example": self._read.first,
+            "num_examples": self._read.size,
+            "dataset_examples": len(source),
+            "began_with": config.grown_from or len(source),
+            "dataset": source.identity(len(source)),
+            "segments": [list(segment) for segment in self._order.segments],
+        }
 
-    def set_state(self, state: Mapping[str, int]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> None:
         """Moves to a position that `get_state` returned, with any number of processes or workers and any batch size.
 
         Raises:
-          ValueError: the state belongs to another order, that is another seed, size of the dataset or split.
+          ValueError: the state belongs to another order, that is another seed, dataset or split, or to a dataset that
+            has grown since without `data.grown_from`.
         """
-        for name, value in self._about.items():
+        source, config = self._read.source, self._config
+        # States of older versions have neither the dataset's size nor its digest.
+        before = state.get("dataset_examples", config.grown_from or len(source))
+        now = {
+            "shuffle_seed": config.shuffle_seed,
+            "first_example": self._read.first,
+            "num_examples": self._read.size - (len(source) - before),
+        }
+        for name, value in now.items():
             if state.get(name) != value:
                 raise ValueError(
                     f"The data iterator was saved with {name} {state.get(name)}, now it is {value}; "
                     "the order of examples would change, so restore the old setting or start a new run."
                 )
+        _check_same_data(state, before, source, config)
         self.close()
         self._consumed = state["examples_consumed"]
+        segments = [(first, size) for first, size in state.get("segments", [(0, state["num_examples"])])]
+        self._order = _Order(self._order.seed, _grow(segments, self._read.size, self._consumed))
 
     def close(self) -> None:
         """Ends threads and workers; asking for another batch starts new ones."""
@@ -165,7 +198,8 @@ def make_loader(
     """Returns the batches of one process.
 
     Training is reshuffled every epoch and never ends. It drops no remainder: the end of an epoch and the beginning of
-    the next may share a batch. The held-out split is in written order; held_out / batch_size batches are one pass.
+    the next may share a batch. The held-out split is in written order and repeats without a gap, whatever the
+    batch size.
 
     Args:
       config: batch size, padding, split and workers.
@@ -179,8 +213,11 @@ def make_loader(
     """
     if config.batch_size % process_count:
         raise ValueError(f"data.batch_size is {config.batch_size}; {process_count} processes must divide it.")
+    if config.grown_from > len(source):
+        raise ValueError(f"data.grown_from is {config.grown_from}, but there are {len(source)} examples.")
     size = len(source) - config.held_out if split == "train" else config.held_out
-    if size < 1:
+    start = config.first_held_out(len(source))
+    if size < 1 or start < 0:
         raise ValueError(
             f"data.held_out is {config.held_out} of {len(source)} examples, which leaves none for the split {split}."
         )
@@ -189,20 +226,90 @@ def make_loader(
             f"data.text_length is {config.text_length}, but the longest prompt has {source.spec.longest_text} tokens; "
             f"it must be at least that, and the published context has {MAX_TEXT_LENGTH}."
         )
-    first = 0 if split == "train" else len(source) - config.held_out
-    order = grain.MapDataset.range(size)
-    if split == "train":
-        order = order.shuffle(seed=config.shuffle_seed)
-    about = {"shuffle_seed": config.shuffle_seed, "first_example": first, "num_examples": size}
-    read = _Read(config, source, first, size)
-    return BatchIterator(config, order.repeat(), read, process_index, process_count, about)
+    train = split == "train"
+    order = _Order(config.shuffle_seed if train else None, [(0, size)])
+    read = _Read(config, source, 0 if train else start, size)
+    return BatchIterator(config, order, read, process_index, process_count)
+
+
+class _Order:
+    """The endless global order: random access from a position to the place of an example in the split.
+
+    Args:
+      seed: of the shuffling; None for the written order.
+      segments: (first position, number of examples) of each part of the order, the first at position 0. A segment ends
+        with an epoch.
+    """
+
+    def __init__(self, seed: int | None, segments: Sequence[tuple[int, int]]) -> None:
+        self.seed, self.segments = seed, list(segments)
+        self._starts = [first for first, _ in segments]
+        self._datasets: list[grain.MapDataset] = []
+        epochs = 0
+        for number, (first, size) in enumerate(segments):
+            places = grain.MapDataset.range(size)
+            if seed is not None:
+                places = places.shuffle(seed=(seed + epochs) % 2**32)
+            self._datasets.append(places.repeat())
+            if number + 1 < len(segments):
+                epochs += (segments[number + 1][0] - first) // size
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, position: int) -> int:
+        number = bisect.bisect_right(self._starts, position) - 1
+        return self._datasets[number][position - self._starts[number]]
+
+
+def _grow(segments: list[tuple[int, int]], size: int, consumed: int) -> list[tuple[int, int]]:
+    """Returns the segments of an order that goes on with `size` examples after the epoch that has begun."""
+    while len(segments) > 1 and segments[-1][0] >= consumed:  # a growth before that has not come into use yet
+        segments = segments[:-1]
+    first, last = segments[-1]
+    if last == size:
+        return segments
+    end = first + -(-(consumed - first) // last) * last
+    return [*segments, (end, size)] if end > first else [*segments[:-1], (end, size)]
+
+
+def _check_same_data(state: Mapping[str, Any], before: int, source: Source, config: DataConfig) -> None:
+    """Checks that the examples are those of a state, or that the option says that they have grown.
+
+    Raises:
+      ValueError: they are others, fewer, or more without the option.
+    """
+    if len(source) < before:
+        raise ValueError(
+            f"The dataset had {before} examples when the run was saved, now it has {len(source)}; restore it, or start "
+            "a new run."
+        )
+    if "dataset" in state and source.identity(before) != state["dataset"]:
+        raise ValueError(
+            f"The dataset's first {before} examples are not those that the run was saved with; restore them, or start "
+            "a new run."
+        )
+    began = state.get("began_with", before)
+    if (config.grown_from or len(source)) != began:
+        raise ValueError(
+            f"The dataset had {began} examples when the run began, now it has {len(source)}, and data.grown_from is "
+            f"{config.grown_from}; set data.grown_from={began} to go on with all of them."
+        )
 
 
 class _Read:
-    """Reads the examples of a batch, each directly into its row, so a thread has one record in memory at a time."""
+    """Reads the examples of a batch, each directly into its row, so a thread has one record in memory at a time.
+
+    Args:
+      config: padding, and which examples are held out.
+      source: the examples.
+      first: index of the split's first example; the training split begins at 0 and passes over what is held out.
+      size: number of examples in the split.
+    """
 
     def __init__(self, config: DataConfig, source: Source, first: int, size: int) -> None:
-        self._config, self._source, self._first, self._size = config, source, first, size
+        self._config, self.source, self.first, self.size = config, source, first, size
+        self._gap = config.first_held_out(len(source)) if size == len(source) - config.held_out else len(source)
 
     def __call__(self, places: Int[np.ndarray, " B"]) -> dict[str, Any]:
         """Returns `Rows` of the examples at these places in the split, and messages on corrupt records."""
@@ -232,10 +339,12 @@ class _Read:
 
     def _readable(self, place: int, corrupt: list[str]) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
         """Returns the example at a place or, if its record is corrupt, at the next readable place in the split."""
-        for step in range(self._size):
-            index = self._first + (place + step) % self._size
+        for step in range(self.size):
+            index = self.first + (place + step) % self.size
+            if index >= self._gap:
+                index += self._config.held_out
             try:
-                return index, *self._source[index]
+                return index, *self.source[index]
             except CorruptRecordError as error:
                 corrupt.append(str(error))
                 if step >= self._config.max_corrupt:

@@ -50,6 +50,9 @@ def join_parts(folder: epath.Path, parts: int) -> str:
         for name, manifest in filled.items()
         for shard in manifest.shards
     ]
+    if (folder / MANIFEST).exists():  # shards that are new come last, so that a run can go on with a grown dataset
+        places = {shard.name: place for place, shard in enumerate(read_manifest(folder).shards)}
+        shards.sort(key=lambda shard: places.get(shard.name, len(places)))
     whole = dataclasses.replace(first, shards=tuple(shards))
     write_manifest(folder, whole)
     return f"All {parts} parts are ready: {whole.num_examples} examples in {folder}."

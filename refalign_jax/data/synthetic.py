@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from refalign_jax.data.examples import Spec
+from refalign_jax.digests import digest_json
 
 _OFFSETS = 65_537
 """Number of distinct starts in the pool; a prime, so that steps of any size visit all of them."""
@@ -53,3 +54,8 @@ class SyntheticSource:
             start = (40_503 * (4 * index + field)) % _OFFSETS
             arrays[name] = self._pool[start : start + math.prod(shape)].reshape(shape)
         return arrays, {"id": f"synthetic-{index:08d}", "prompt": "", "metadata": {"synthetic": True}}
+
+    def identity(self, count: int) -> str:
+        """Returns a text that seed and shapes decide, whatever the number of examples."""
+        del count
+        return digest_json([self._seed, self._shapes])

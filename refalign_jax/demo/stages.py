@@ -162,7 +162,7 @@ def evaluate(run: Path, config: Config, count: int) -> None:
       count: number of captions, at most `data.held_out`.
     """
     source = ShardSource(config.data.path)
-    first = len(source) - config.data.held_out
+    first = config.data.first_held_out(len(source))
     examples = [source[index] for index in range(first, first + min(count, config.data.held_out))]
     folder = run / "samples"
     settings = GenerateConfig(batch_size=16, fps=FPS, ema=bool(config.optimizer.ema_decay))

@@ -67,7 +67,7 @@ def test_every_choice_is_checked():
         (DiTConfig, {"patch_size": (1, 2)}, "DiTConfig.patch_size=(1, 2) must hold 3 values."),
         (TrainConfig, {"seed": 2**32}, "TrainConfig.seed=4294967296 must be at least 0 and below 2^32."),
         (AugmentConfig, {"scale": (1.2, 0.8)}, "AugmentConfig.scale=(1.2, 0.8) must ascend: the smallest first."),
-        (DataConfig, {"held_out": 9}, "DataConfig.held_out=9 must be a multiple of batch_size=8, or 0."),
+        (DataConfig, {"held_out": 9, "grown_from": 9}, "DataConfig.held_out=9 must be below grown_from=9."),
         (GenerateConfig, {"num_frames": 16}, "GenerateConfig.num_frames=16 must be 4k+1, such as 17."),
         (GenerateConfig, {"shift": 0.0}, "GenerateConfig.shift=0.0 must be positive."),
     ],

@@ -178,6 +178,89 @@ def test_held_out_examples_never_train_and_come_in_order():
     assert set(flat(indices(make_loader(config, source), 12))) == set(range(15))
 
 
+def test_held_out_examples_need_not_fill_batches():
+    config, source = DataConfig(batch_size=4, held_out=6), SyntheticSource(SPEC)
+    held_out = indices(make_loader(config, source, split="held_out"), 3)
+    assert flat(held_out) == [*range(17, 23)] * 2
+    state = make_loader(dataclasses.replace(config, batch_size=3), source).get_state()
+    make_loader(config, source).set_state(state)
+
+
+def grown(count):
+    return SyntheticSource(dataclasses.replace(SPEC, num_examples=count))
+
+
+def test_a_run_goes_on_with_a_grown_dataset_after_its_epoch():
+    config = DataConfig(batch_size=4, held_out=3)
+    loader = make_loader(config, SyntheticSource(SPEC))
+    taken = flat(next(loader)["index"].tolist() for _ in range(6))  # 24 of 20 in the first epoch, 4 of the second
+    state = json.loads(json.dumps(loader.get_state()))
+    rest = flat(indices(loader, 4))
+    with pytest.raises(ValueError, match=r"had 23 examples when the run began, now it has 31.* set data.grown_from=23"):
+        make_loader(config, grown(31)).set_state(state)
+    on = dataclasses.replace(config, grown_from=23)
+    loader = make_loader(on, grown(31))
+    loader.set_state(state)
+    after = [next(loader)["index"].tolist() for _ in range(4)]
+    assert flat(after) == rest  # to the end of the second epoch, position 40
+    middle = json.loads(json.dumps(loader.get_state()))
+    assert middle["segments"] == [[0, 20], [40, 28]]
+    following = flat(next(loader)["index"].tolist() for _ in range(14))
+    for epoch in (following[:28], following[28:]):
+        assert sorted(epoch) == [*range(20), *range(23, 31)]
+    end = loader.get_state()
+    loader.close()
+    resumed = make_loader(dataclasses.replace(on, batch_size=7, num_workers=0), grown(31))
+    resumed.set_state(middle)
+    assert flat(indices(resumed, 8)) == following
+    assert flat(indices(make_loader(on, grown(31), split="held_out"), 3)) == [20, 21, 22] * 4
+    assert len(taken) == 24
+
+    again = make_loader(on, grown(40))  # it grows a second time
+    again.set_state(end)
+    assert again.get_state()["segments"] == [[0, 20], [40, 28], [96, 37]]
+    with pytest.raises(ValueError, match=r"data.grown_from is 31; set data.grown_from=23"):
+        make_loader(dataclasses.replace(config, grown_from=31, held_out=11), grown(40)).set_state(
+            {**end, "num_examples": 20}
+        )
+    with pytest.raises(ValueError, match="had 31 examples when the run was saved, now it has 30"):
+        make_loader(on, grown(30)).set_state(end)
+
+
+def test_a_growth_that_has_not_come_into_use_is_replaced_by_the_next():
+    loader = make_loader(DataConfig(batch_size=4), SyntheticSource(SPEC))
+    next(loader)
+    state = loader.get_state()
+    loader.close()
+    config = DataConfig(batch_size=4, grown_from=23)
+    for count, segments in ((30, [[0, 23], [23, 30]]), (35, [[0, 23], [23, 35]])):
+        loader = make_loader(config, grown(count))
+        loader.set_state(state)
+        state = loader.get_state()
+        assert state["segments"] == segments
+    fresh = {**state, "examples_consumed": 0, "segments": [[0, 23]], "dataset_examples": 23, "num_examples": 23}
+    loader.set_state(fresh)
+    assert loader.get_state()["segments"] == [[0, 35]]
+
+
+def test_another_dataset_of_the_same_size_is_refused_and_older_states_are_taken(tmp_path, folder):
+    config = DataConfig(batch_size=4)
+    state = make_loader(config, ShardSource(folder)).get_state()
+    other = tmp_path / "other"
+    with ShardWriter(other, storage=FLOAT32, made={}, examples_per_shard=5) as writer:
+        for i in range(13):
+            writer.add(make(i, references=i % 5, text=4 + i))
+    with pytest.raises(ValueError, match="first 13 examples are not those that the run was saved with"):
+        make_loader(config, ShardSource(other)).set_state(state)
+    old = {name: state[name] for name in ("examples_consumed", "shuffle_seed", "first_example", "num_examples")}
+    make_loader(config, ShardSource(other)).set_state(old)
+    with ShardWriter(other, storage=FLOAT32, made={}, examples_per_shard=5) as writer:
+        writer.add(make(77))
+    make_loader(dataclasses.replace(config, grown_from=13), ShardSource(other)).set_state(old)
+    with pytest.raises(ValueError, match="num_examples 13, now it is 14"):
+        make_loader(config, ShardSource(other)).set_state(old)
+
+
 def test_two_workers_give_the_same_batches_and_resume(folder):
     config = DataConfig(batch_size=4, held_out=4)
     loader = make_loader(config, ShardSource(folder))
@@ -247,7 +330,7 @@ def test_nothing_readable_ends_with_an_error(tmp_path):
         ({"max_references": -1}, "DataConfig.max_references=-1 must be at least 0"),
         ({"text_length": 513}, "at most 512"),
         ({"dtype": "float16"}, "choose one of float32, stored"),
-        ({"held_out": 3}, "multiple of batch_size=8"),
+        ({"held_out": 3, "grown_from": 3}, "held_out=3 must be below grown_from=3"),
         ({"shuffle_seed": 2**32}, r"below 2\^32"),
         ({"num_workers": -1}, "at least 0"),
     ],
@@ -263,6 +346,7 @@ def test_bad_settings_are_refused(change, message):
         ({"batch_size": 3}, "train", "2 processes must divide it"),
         ({"held_out": 24}, "train", "held_out is 24 of 23 examples, which leaves none for the split train"),
         ({}, "held_out", "leaves none for the split held_out"),
+        ({"grown_from": 24}, "train", "data.grown_from is 24, but there are 23 examples"),
         ({"text_length": 4}, "train", "the longest prompt has 5 tokens"),
     ],
 )
