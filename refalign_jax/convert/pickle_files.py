@@ -105,7 +105,8 @@ def open_pickle_weights(path: str | Path) -> PickleWeights:
     except RefusedError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(f"{path} is a damaged torch checkpoint: {error}.") from error
+        reason = "its pickle asks for what is not there" if isinstance(error, LookupError) else str(error).rstrip(".")
+        raise ValueError(f"{path} is a damaged torch checkpoint: {reason}.") from error
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
     return PickleWeights(str(path), shapes, dtypes, tensors, places)

@@ -156,6 +156,7 @@ class _Machine:
         self._source = source
         self._stack: list[_Item] = []
         self._marks: list[int] = []
+        self._copied = 0
         self._memo: dict[int, _Item] = {}
         self.storages: dict[str, Storage] = {}
 
@@ -202,6 +203,7 @@ class _Machine:
             self._push(storage)
         elif name in ("REDUCE", "BUILD"):
             target, given = self._pop(2)
+            self._count_pairs(given.value)
             self._push(*(_call(target, given) if name == "REDUCE" else (_build(target, given), [])))
         elif name not in ("PROTO", "FRAME", "STOP"):
             raise RefusedError(
@@ -243,6 +245,16 @@ class _Machine:
             target.update(zip(values[::2], values[1::2], strict=True))
         self._push(target, items)
 
+    def _count_pairs(self, given: Any) -> None:
+        """Limits what calls copy in all, because one list can be given to many."""
+        if isinstance(given, tuple) and given and isinstance(given[0], list | tuple | dict):
+            self._copied += len(given[0])
+        if self._copied > MOST_OPCODES:
+            raise RefusedError(
+                f"{self._source} has a pickle that copies more than {MOST_OPCODES:,} values; it was refused and "
+                "nothing was run."
+            )
+
     def _look_up(self, module: Any, name: Any) -> Name:
         """Returns the record of a name of the list; nothing is imported."""
         known = (module, name) in _CALLABLE or (
@@ -267,6 +279,8 @@ _UNTYPED = Name("torch.storage", "UntypedStorage")
 
 def _storage(pid: Any) -> Storage:
     """Reads ("storage", type, key, device, elements), and from before torch 1.6 also a view, which must be None."""
+    if type(pid) is not tuple or not 5 <= len(pid) <= 6:
+        raise TypeError("something else than a storage is named as one")
     kind, storage_type, key, _, length, *view = pid
     if kind != "storage" or type(storage_type) is not Name or type(key) is not str or type(length) is not int:
         raise TypeError("something else than a storage is named as one")
@@ -282,7 +296,7 @@ def _call(function: _Item, arguments: _Item) -> tuple[Any, list[_Item]]:
         raise TypeError("its pickle calls something that is no function")
     name, given = function.value.name, arguments.value
     if name == "OrderedDict":
-        pairs = given[0] if given else ()
+        pairs = given[0] if given and type(given[0]) in (list, tuple) else ()
         if any(type(pair) not in (list, tuple) or len(pair) != 2 or type(pair[0]) not in (str, int) for pair in pairs):
             raise TypeError("an OrderedDict is built from something else than pairs")
         return dict(pairs), [arguments]

@@ -332,6 +332,8 @@ def test_refuses_code_in_an_old_file(tmp_path):
 
 DEEP = 2_000_000
 START, END = b"\x80\x02", b"."
+PAIRS = b"](" + b"".join(b"M" + n.to_bytes(2, "little") + b"K\x00\x86" for n in range(50_000)) + b"e\x85q\x00"
+"""A tuple with a list of 50,000 pairs, in the memo at 0."""
 
 
 @pytest.mark.parametrize(
@@ -353,8 +355,13 @@ START, END = b"\x80\x02", b"."
         (START + b"N" * 3 + END, "leaves 3 values"),
         (START + b"\x86" + END, "takes more values"),
         (START + b"t" + END, "damaged"),
+        (
+            START + PAIRS + b"ccollections\nOrderedDict\nq\x01]" + b"h\x01h\x00R" * 50_000 + END,
+            "copies more than 500,000",
+        ),
+        (START + b"(" + b"K\x01" * 50_000 + b"tq\x00" + b"h\x00Q" * 50_000 + END, "something else than a storage"),
     ],
-    ids=range(16),
+    ids=range(18),
 )
 def test_survives_programs_that_exhaust_an_interpreter(tmp_path, program, sentence):
     with zipfile.ZipFile(tmp_path / "bomb.pth", "w") as archive:
