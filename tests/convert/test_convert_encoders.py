@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+from support.weight_files import write_safetensors
 
 from refalign_jax.convert.dinov3 import dinov3_layers, dinov3_table
 from refalign_jax.convert.files import open_weights
@@ -121,3 +123,12 @@ def test_a_missing_register_is_named():
     del found["embeddings.register_tokens"]
     with pytest.raises(ValueError, match=r"1 missing: embeddings.register_tokens \[1, 4, 768\]"):
         check(published_shapes(dinov3_table(dinov3.VIT_B16), dinov3_shapes(dinov3.VIT_B16)), found, "a file")
+
+
+def test_comfyui_keeps_the_tokenizer_among_the_tensors(tmp_path):
+    value = np.arange(6, dtype=np.float32).reshape(2, 3)
+    stored = {TIED: value.astype(ml_dtypes.float8_e4m3fn), "spiece_model": np.zeros(9, np.uint8)}
+    scale = {"encoder.embed_tokens.scale_weight": np.array(0.5, np.float32)}
+    weights = untied(open_weights(write_safetensors(tmp_path / "umt5.safetensors", stored | scale)))
+    assert dict(weights.shapes) == {"shared.weight": (2, 3)}
+    np.testing.assert_array_equal(weights.read("shared.weight"), value / 2)
