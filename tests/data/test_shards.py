@@ -248,3 +248,83 @@ def test_record_of_another_shape_is_corrupt(tmp_path):
     source._records = [other]
     with pytest.raises(CorruptRecordError, match="not the manifest's"):
         source[0]
+
+
+def test_a_record_under_another_id_is_corrupt(tmp_path):
+    folder = write(tmp_path / "d", 2)
+    source = ShardSource(folder)
+    source._records = [encode(make(1), FLOAT32), encode(make(0), FLOAT32)]
+    with pytest.raises(CorruptRecordError, match="its id is 'e1', the manifest has 'e0' there"):
+        source[0]
+
+
+def test_a_writer_hashes_its_own_file_and_refuses_one_that_was_replaced_or_emptied(tmp_path):
+    for number, spoil in enumerate((lambda path: path.write_bytes(b""), Path.unlink)):
+        folder = tmp_path / str(number)
+        writer = ShardWriter(folder, storage=FLOAT32, made=MADE)
+        writer.add(make(0))
+        (partial,) = folder.glob("*.partial")
+        if number:
+            spoil(partial)
+            partial.write_bytes(b"another writer's")
+        else:
+            os.truncate(partial, 0)
+            writer._open._writer.close()
+            os.truncate(partial, 0)
+        with pytest.raises(OSError, match="could not be written, finished shards are kept"):
+            writer.close()
+        assert not (folder / MANIFEST).exists()
+
+
+def test_a_second_writer_is_refused_while_the_first_is_open(tmp_path):
+    with ShardWriter(tmp_path / "d", storage=FLOAT32, made=MADE) as writer:
+        writer.add(make(0))
+        with pytest.raises(ValueError, match="is in use by this very process"):
+            ShardWriter(tmp_path / "d", storage=FLOAT32, made=MADE)
+    assert shards(tmp_path / "d") == ["examples-00000.array_record", MANIFEST]
+
+
+def test_removed_examples_can_be_added_again_and_the_others_keep_their_order(tmp_path):
+    folder = write(tmp_path / "d")
+    with ShardWriter(folder, storage=FLOAT32, made=MADE, examples_per_shard=4) as writer:
+        writer.remove({"e1", "e5", "e8", "e9"})
+        for i in (8, 1):
+            writer.add(make(i))
+    source = ShardSource(folder)
+    assert [source[i][1]["id"] for i in range(len(source))] == ["e0", "e2", "e3", "e4", "e6", "e7", "e8", "e1"]
+    assert verify_shards(folder) == []
+
+
+def test_any_flip_and_any_shape_of_a_manifest_is_one_sentence(tmp_path):
+    folder = write(tmp_path / "d")
+    path = folder / MANIFEST
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    data = json.loads(whole)
+    texts = []
+    for _ in range(300):
+        flipped = bytearray(whole)
+        flipped[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+        texts.append(bytes(flipped))
+    texts += [whole[: rng.integers(len(whole) - 3)] for _ in range(100)]
+    junk = [None, True, -1, 1.5, "x", [], {}, [[]], "../x", 10**400]
+    assert not accepted(path, texts)
+    bare = {name: value for name, value in data.items() if name != "sha256"}
+    changed = [bare | {name: value} for name in bare for value in junk]
+    changed += [bare | {"shards": [data["shards"][0] | {name: value}]} for name in data["shards"][0] for value in junk]
+    # What may differ without a seal: num_examples and vfm_cosine, which follow from the rest, complete, an empty list
+    # of shards or of inputs, and numbers of bytes, which opening compares.
+    assert len(accepted(path, [json.dumps(value).encode() for value in changed])) < 40
+
+
+def accepted(path, texts):
+    """The manifests that are read without an error; every error is one sentence that names the file."""
+    found, messages = [], []
+    for text in texts:
+        path.write_bytes(text)
+        try:
+            read_manifest(path.parent)
+            found.append(text)
+        except ValueError as error:
+            messages.append(str(error))
+    assert all("\n" not in message and MANIFEST in message for message in messages)
+    return found
