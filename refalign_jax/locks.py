@@ -198,7 +198,7 @@ def _holder(text: str) -> dict[str, Any]:
     """Reads what `_identity` wrote; empty where it is another text, such as that of a process killed while writing."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     names = ("host", "pid", "begun", "what", "time")
     return found if isinstance(found, dict) and all(name in found for name in names) else {}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 import os
+import sys
 import types
 import typing
 from typing import Any, Literal
@@ -105,6 +105,6 @@ def _wrong(hint: Any, value: Any) -> str:
         return "must be a whole number"
     if hint is float and not isinstance(value, numbers.Real):
         return "must be a number"
-    if hint is float and not math.isfinite(value):
+    if hint is float and not abs(value) <= sys.float_info.max:  # a whole number may be too large for a float
         return "is not finite"
     return ""

@@ -182,9 +182,10 @@ def parse(blob: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             if end - begin != count * dtype.itemsize:
                 raise ValueError(f"{name} {tensor['shape']} has {end - begin} bytes")
             arrays[name] = np.frombuffer(blob, dtype, count, 8 + length + begin).reshape(tensor["shape"])
-        about["id"], about["prompt"], about["metadata"]
+        if not all(isinstance(about[name], kind) for name, kind in (("id", str), ("prompt", str), ("metadata", dict))):
+            raise ValueError("id and prompt must be texts, metadata an object")
         check_shapes(arrays, about["id"])
-    except (struct.error, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (struct.error, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{len(blob)} bytes are not a prepared example: {error or type(error).__name__}") from error
     return arrays, about
 

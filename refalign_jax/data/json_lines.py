@@ -1,4 +1,4 @@
-"""JSONL files, one JSON object per line, and checks of the fields in them; each fault is one sentence."""
+"""JSON files and JSONL files, one JSON object per line, and checks of their fields; each fault is one sentence."""
 
 from __future__ import annotations
 
@@ -34,6 +34,23 @@ def read_lines(path: Path) -> Iterator[tuple[int, Any]]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
         yield number, value
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; half of a surrogate pair, which no file can hold, becomes a question mark.
+
+    Raises:
+      ValueError: it can't be read, or is not JSON.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply.") from error
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror or error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

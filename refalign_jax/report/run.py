@@ -22,6 +22,7 @@ import numpy as np
 
 from refalign_jax.config import Config
 from refalign_jax.config.recipe import from_dict
+from refalign_jax.data.json_lines import read_json
 from refalign_jax.types import Float, Int
 
 
@@ -78,7 +79,7 @@ class Run:
     def series(self, name: str) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
         """Steps at which a metric was logged, and its values; NaN where it was not finite."""
         logged = [(line["step"], line[name]) for line in self.steps if name in line]
-        values = [math.nan if value is None else float(value) for _, value in logged]
+        values = [_number(value) for _, value in logged]
         return np.array([step for step, _ in logged], np.int64), np.array(values, np.float64)
 
 
@@ -92,11 +93,12 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"The run {folder} does not exist; name the train.folder of a run.")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is no run's folder: it has no config.json; name the train.folder of a run.")
-    recipe = _read_json(folder / "config.json")
-    try:
-        config, about = from_dict(Config, recipe["config"], str(folder / "config.json")), recipe["about"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is not one that a run wrote: {error!r}.") from error
+    recipe = read_json(folder / "config.json")
+    if not isinstance(recipe, dict) or not all(isinstance(recipe.get(name), dict) for name in ("config", "about")):
+        raise ValueError(
+            f"{folder / 'config.json'} is not one that a run wrote: it needs the objects config and about."
+        )
+    config, about = from_dict(Config, recipe["config"], str(folder / "config.json")), recipe["about"]
     lines = _metrics(folder / "metrics.jsonl")
     listed = list(_samples(folder / "samples"))
     whole = [s for s in listed if s.video.is_file() and all(image.is_file() for image, _ in s.references)]
@@ -116,11 +118,31 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
     """All lines, except a last one that is still being written."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} can't be read: {error}.") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number} can't be read: {error}.") from error
+        counts = [value[name] for name in ("step", "parameters") if name in value] if isinstance(value, dict) else [""]
+        if not all(type(count) is int and 0 <= count < 2**53 for count in counts):
+            raise ValueError(f"{path}, line {number} is {line[:60]!r}; it must be an object, its counts whole numbers.")
+        found.append(value)
+    return found
+
+
+def _number(value: Any) -> float:
+    """A logged value; NaN for what is no number."""
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _samples(folder: Path) -> Iterator[Sample]:
@@ -128,15 +150,19 @@ def _samples(folder: Path) -> Iterator[Sample]:
     if not path.is_file():
         return
     try:
-        for entry in _read_json(path):
-            truth = entry.get("truth")
+        for entry in read_json(path):
+            truth, scores = entry.get("truth"), entry.get("scores") or {}
+            texts = [entry["id"], entry["prompt"], entry["video"], truth or "", *scores]
+            texts += [text or "" for r in entry["references"] for text in (r["image"], r.get("subject"))]
+            if not all(isinstance(text, str) and "\0" not in text for text in texts):
+                raise TypeError("a text or a file's name is of another type")
             yield Sample(
                 id=entry["id"],
                 prompt=entry["prompt"],
                 video=folder / entry["video"],
                 references=tuple((folder / r["image"], r.get("subject")) for r in entry["references"]),
                 truth=folder / truth if truth and (folder / truth).is_file() else None,
-                scores=entry.get("scores") or {},
+                scores=scores,
             )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -147,10 +173,12 @@ def _samples(folder: Path) -> Iterator[Sample]:
 def _evaluation(path: Path) -> Evaluation | None:
     if not path.is_file():
         return None
-    found = _read_json(path)
+    found = read_json(path)
     try:
         confusions = tuple(
-            Confusion(title=c["title"], labels=tuple(c["labels"]), matrix=np.array(c["matrix"], np.float64))
+            Confusion(
+                title=str(c["title"]), labels=tuple(map(str, c["labels"])), matrix=np.array(c["matrix"], np.float64)
+            )
             for c in found.get("confusions", [])
         )
         for confusion in confusions:
@@ -159,17 +187,10 @@ def _evaluation(path: Path) -> Evaluation | None:
                     f"{confusion.title!r} has {len(confusion.labels)} labels and a matrix of {confusion.matrix.shape}"
                 )
         return Evaluation(
-            title=found.get("title", "Evaluation"),
-            numbers={name: float(value) for name, value in found.get("numbers", {}).items()},
+            title=str(found.get("title", "Evaluation")),
+            numbers={name: _number(value) for name, value in found.get("numbers", {}).items()},
             confusions=confusions,
-            notes=tuple(found.get("notes", ())),
+            notes=tuple(map(str, found.get("notes", ()))),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is no evaluation ({error}); see refalign_jax/report/run.py.") from error
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error

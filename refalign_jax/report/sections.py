@@ -57,7 +57,7 @@ def about(run: Run) -> Markup:
     config, made = run.config, run.about
     last = run.steps[-1]["step"] if run.steps else 0
     seconds = float(np.nansum(run.series("seconds")[1]))
-    versions = {"refalign_jax": made.get("refalign_jax"), "python": made.get("python"), **made.get("versions", {})}
+    versions = {"refalign_jax": made.get("refalign_jax"), "python": made.get("python"), **_object(made.get("versions"))}
     alignment = config.model.alignment
     facts = [
         ("Steps", f"{last:,} of {config.train.steps:,}", False),
@@ -73,7 +73,7 @@ def about(run: Run) -> Markup:
         ("Width", config.model.dit.width, False),
         ("Training time", _duration(seconds) if seconds else UNKNOWN, False),
         ("Devices", made.get("devices", UNKNOWN), False),
-        ("Started", made.get("time", UNKNOWN).replace("T", " ").replace("+00:00", " UTC"), False),
+        ("Started", str(made.get("time", UNKNOWN)).replace("T", " ").replace("+00:00", " UTC"), False),
         ("Data", config.data.path or f"{config.synthetic.num_examples} synthetic examples", True),
         ("Commit", made.get("commit", "unknown"), True),
         ("Command", made.get("command", UNKNOWN), True),
@@ -204,6 +204,11 @@ def _strip(path: Path) -> UInt8[np.ndarray, "h w 4"]:
     for place, image in enumerate(images):
         sheet.paste(image, (place * (width + gap), 0))
     return np.asarray(sheet)
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    """A JSON object; empty where it is something else."""
+    return value if isinstance(value, dict) else {}
 
 
 def _duration(seconds: float) -> str:

@@ -284,11 +284,12 @@ def _drop_after(path: Path, done: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+            early = record.get("step", record.get("start", 0)) <= done
+        except (ValueError, TypeError, AttributeError, RecursionError):  # cut short or damaged
             continue
-        if line.endswith("\n") and record.get("step", record.get("start", 0)) <= done:
+        if line.endswith("\n") and early:
             kept.append(line)
     write_text(path, "".join(kept))

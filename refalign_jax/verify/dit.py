@@ -19,7 +19,7 @@ from refalign_jax.verify import forward, training
 from refalign_jax.verify.case import Case
 from refalign_jax.verify.progress import Task, run_tasks
 from refalign_jax.verify.report import Report
-from refalign_jax.verify.values import Values
+from refalign_jax.verify.values import Entries, Values
 
 INPUTS = re.compile(
     r"video_latents|noise|text|negative_text|reference_latents|vfm_features|sample_noise|ra\d+_(student|teacher)"
@@ -84,9 +84,16 @@ def model_config(values: Values, compute_dtype: DType) -> ModelConfig:
     """Reads our configuration from config.json.
 
     Raises:
-      ValueError: an entry is missing, or the input and output channels differ.
+      ValueError: an entry is missing or of another type, or the input and output channels differ.
     """
-    config = values.config
+    try:
+        return _model_config(values.config, compute_dtype)
+    except (TypeError, AttributeError, OverflowError, ZeroDivisionError) as error:
+        raise ValueError(f"{values.config.place}: an entry is of another type than it must be ({error}).") from error
+
+
+def _model_config(config: Entries, compute_dtype: DType) -> ModelConfig:
+    """Reads our configuration from the entries of config.json."""
     channels = {int(config["in_dim"]), int(config["out_dim"])}
     if len(channels) > 1:
         raise ValueError(f"{config.place}: in_dim and out_dim differ; a Wan T2V model has them equal.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import numpy as np
 
 from refalign_jax.config import DType
 from refalign_jax.convert.files import open_weights
+from refalign_jax.data.json_lines import read_json
 from refalign_jax.encoders.dinov3 import load_dinov3
 from refalign_jax.encoders.umt5 import load_umt5
 from refalign_jax.encoders.wan_vae import load_vae
@@ -134,7 +134,7 @@ def check_dinov3(case: Case) -> None:
     path = values.folder / "dinov3.json"
     if not path.is_file():
         raise ValueError(f"{values.folder} lacks dinov3.json, the config.json that transformers writes.")
-    config = dinov3.DINOv3Config.from_json(json.loads(path.read_text(encoding="utf-8")), case.compute_dtype)
+    config = dinov3.DINOv3Config.from_json(read_json(path), case.compute_dtype)
     params = jax.device_put(load_dinov3(config, open_weights(values.folder / "dinov3.safetensors")))
     case.compare("dino_tokens", dinov3.encode_tokens(params, values.channels_last("dino_pixels"), config))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from refalign_jax.atomic import first_line
+from refalign_jax.data.json_lines import read_json
 
 
 class Entries(dict[str, Any]):
@@ -64,7 +66,10 @@ class Values:
         Raises:
           ValueError: it is missing; later, when a size is looked up that it lacks.
         """
-        return Entries(self.config[name], f"{self.config.place}: {name!r}")
+        sizes = self.config[name]
+        if not isinstance(sizes, dict):
+            raise ValueError(f"{self.config.place}: {name!r} is {sizes!r:.60}; it must be an object.")
+        return Entries(sizes, f"{self.config.place}: {name!r}")
 
 
 def open_values(folder: Path) -> Values:
@@ -79,15 +84,20 @@ def open_values(folder: Path) -> Values:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is not a folder of values: it lacks {name}.")
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+    config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}; it must be an object.")
-    with np.load(folder / "values.npz") as file:
-        arrays = {name: file[name] for name in file.files}
+    arrays = _read_arrays(folder / "values.npz")
     return Values(folder, Entries(config, str(path)), arrays)
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Reads all arrays of an .npz file."""
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:  # zipfile, zlib and numpy have a dozen
+        raise ValueError(f"{path} can't be read as an .npz file: {first_line(error)}.") from error
 
 
 def channels_second(x: jax.Array) -> np.ndarray:
