@@ -188,7 +188,7 @@ def _evaluation(path: Path) -> Evaluation | None:
                 )
         return Evaluation(
             title=str(found.get("title", "Evaluation")),
-            numbers={name: _number(value) for name, value in found.get("numbers", {}).items()},
+            numbers={name: float(value) for name, value in found.get("numbers", {}).items()},
             confusions=confusions,
             notes=tuple(map(str, found.get("notes", ()))),
         )

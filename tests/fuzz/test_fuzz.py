@@ -32,7 +32,7 @@ from refalign_jax.verify.dit import model_config
 from refalign_jax.verify.values import open_values
 
 CASES = 200
-"""Of each kind of file."""
+"""Damaged files of each kind."""
 
 VALUES = (None, True, 0, -1, 1, 2**63, 10**400, 0.5, -1e308, float("nan"), float("inf"), "", "x", "\0", "\ud800", "$_{")
 VALUES += ("../../x", "~", "x" * 5000, [], [[]], [1], ["a", 2], {}, {"a": {}}, {"": None}, [None] * 50)

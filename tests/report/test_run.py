@@ -34,7 +34,7 @@ def test_no_run(tmp_path):
         ("config.json", "{", r"config\.json is not JSON"),
         ("config.json", "{}", r"config\.json is not one that a run wrote"),
         ("config.json", '{"config": {"modle": 1}, "about": {}}', r"Config has no field 'modle'"),
-        ("metrics.jsonl", "{\n", r"metrics\.jsonl can't be read"),
+        ("metrics.jsonl", "{\n", r"metrics\.jsonl, line 1 can't be read"),
         ("samples/samples.json", '[{"id": "0"}]', r"samples\.json is no list of samples \(KeyError\('prompt'\)\)"),
         ("evaluation.json", '{"numbers": {"a": "b"}}', r"evaluation\.json is no evaluation \(could not convert"),
         (
