@@ -123,6 +123,7 @@ def test_another_thread_of_the_process_is_refused_and_errors_release(tmp_path):
         identity(),
         identity(pid="x"),
     ],
+    ids=["empty", "cut", "list", "no process", "another boot", "this process", "no number"],
 )
 def test_what_a_dead_process_left_is_taken_over(tmp_path, text):
     (tmp_path / LOCK).write_text(text)
