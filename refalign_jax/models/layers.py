@@ -47,10 +47,10 @@ def precision_of(dtype: jnp.dtype) -> jax.lax.Precision:
 def matmul(x: Float[Array, "B T I"], kernel: Float[Array, "I O"]) -> Float[Array, "B T O"]:
     """Returns x @ kernel.
 
-    Where the axes of x are not split over devices, they are flattened first, because XLA:CPU is slow at the gradient with
-    respect to the kernel, which contracts both B and T: without flattening, value and gradient of an MLP take 1.3 to 1.5
-    times as long (jax 0.10.2, widths 240 to 4,096). This is what a mesh of CPU devices costs. In a training step of
-    the size of configs/demo.py, the difference is below the noise of the measurement, 5%.
+    Unless the axes of x are split over devices, B and T are flattened first, because XLA:CPU is slow at the kernel's
+    gradient, which contracts both. This is what a mesh of CPU devices costs: without flattening, value and gradient of
+    an MLP take 1.3 to 1.5 times as long (jax 0.10.2, widths 240 to 4,096). In a training step of the size of
+    configs/demo.py, the difference is below the noise of the measurement, 5%.
     """
     precision = precision_of(x.dtype)
     if is_split():
