@@ -94,6 +94,23 @@ def peak_flops(device_kind: str) -> float | None:
     return None if known is None else known.tflops * 1e12
 
 
+def check_backend() -> None:
+    """Starts JAX's devices, so that what is wrong with them isn't taken for a fault of what is done next.
+
+    Raises:
+      OSError: they can't be started.
+    """
+    import jax  # flags are printed without it
+
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise OSError(
+            f"JAX finds no device to compute on ({reason:.300}); check its driver, or set JAX_PLATFORMS=cpu."
+        ) from error
+
+
 def flag_line(platform: str) -> str:
     """The flags of a platform, `tpu` or `gpu`, as the environment takes them.
 

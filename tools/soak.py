@@ -8,6 +8,11 @@ steps and checkpoints being written. Four kills in five are SIGKILL, the fifth i
 save and exit with 0. No process of the run may be left after it ends. In the end parameters, moving average, moments,
 position in the data and random key must be equal to the bit, and the metrics must show every step once, with equal
 losses and norms.
+
+    python tools/soak.py --kills 0 --flips 1000 --starts 20
+
+flips single bits of a checkpoint, over every file in turn: each must be refused or change nothing that is restored. It
+also starts two runs in one folder at the same time: one must run to its end and the other be refused.
 """
 
 import random
@@ -24,29 +29,45 @@ from refalign_jax.command import run
 def soak_all(
     *,
     kills: int = 50,
+    flips: int = 0,
+    starts: int = 0,
     steps: int = 40,
     recipe: Path = Path(__file__).parents[1] / "configs/tiny.py",
     seed: int = 0,
     folder: str = "",
 ) -> int:
-    """Kills runs with 0 and with 2 loader workers; exits 1 if anything was lost or left over.
+    """Kills runs with 0 and with 2 loader workers, flips bits, starts pairs; exits 1 if anything was lost or left over.
 
     Args:
       kills: with each number of workers.
+      flips: of single bits, over the files of a checkpoint.
+      starts: of two runs in one folder.
       steps: of a run; every third is saved.
       recipe: a small one.
       seed: of the moments and signals.
       folder: where the runs go and, if one fails, stay; removed otherwise. By default a temporary one.
     """
-    from refalign_jax.trainer.soak import soak
+    from refalign_jax.trainer.soak import Attempt, flip_bits, soak, start_two
 
     failed = 0
     place = Path(folder or tempfile.mkdtemp())
-    for workers in (0, 2):
+    for workers in (0, 2) if kills else ():
         began = time.monotonic()
         runs, faults = soak(recipe, place, kills, steps, workers, random.Random(seed + workers))
         seconds = time.monotonic() - began
         print(f"{workers} workers: {kills} kills, {runs} runs of {steps} steps, {len(faults)} faults, {seconds:.0f} s")
+        print("\n".join(faults[:20]), flush=True)
+        failed += len(faults)
+    if starts:
+        faults = start_two(recipe, place, starts, steps)
+        print(f"{starts} starts of two runs in one folder, {len(faults)} faults")
+        print("\n".join(faults[:20]), flush=True)
+        failed += len(faults)
+    if flips:
+        Attempt(recipe, place / "flips", steps, 0, place / "cache").wait()
+        refused, faults = flip_bits(place / "flips", flips, random.Random(seed))
+        print(f"{flips} flipped bits: {refused} refused, {flips - refused - len(faults)} without effect, ", end="")
+        print(f"{len(faults)} restored as other values")
         print("\n".join(faults[:20]), flush=True)
         failed += len(faults)
     if not failed:

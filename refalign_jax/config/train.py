@@ -121,6 +121,8 @@ class TrainConfig:
       init_ema: Start from the EMA of `init` where that is a training checkpoint.
       save_every: Steps between checkpoints; the last step is always saved.
       keep: Number of newest checkpoints that are kept.
+      verify_checkpoints: Compare the files of a checkpoint with the digests that were written with them before the run
+        continues from it or starts from it as `init`.
       max_skipped: Consecutive batches with a loss or gradient that is not finite that are skipped before the run stops.
       held_out_every: Steps between held-out losses, at fixed noise and times, over `data.held_out` examples; 0 for
         never.
@@ -145,6 +147,7 @@ class TrainConfig:
     init_ema: bool = False
     save_every: int = 500
     keep: int = 3
+    verify_checkpoints: bool = True
     max_skipped: int = 0
     held_out_every: int = 0
     preview_every: int = 0

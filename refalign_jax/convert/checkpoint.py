@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,19 @@ from etils import epath
 
 from refalign_jax.atomic import first_line
 from refalign_jax.config import ModelConfig, from_dict
+from refalign_jax.convert.checksums import (
+    ArraysRestore,
+    ArraysSave,
+    DamagedError,
+    DigestedArrays,
+    DigestedJson,
+    JsonRestore,
+    JsonSave,
+    check_digests,
+    write_digests,
+)
 from refalign_jax.convert.table import check
+from refalign_jax.devices import check_backend
 from refalign_jax.trees import flatten
 from refalign_jax.types import Params
 
@@ -36,6 +48,10 @@ ARRAYS = ("params", "ema", "optimizer")
 
 JSONS = ("config", "progress")
 """Items of a training run's checkpoint that are JSON."""
+
+
+MACHINE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+"""Status codes in TensorStore's messages that say nothing about the data."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +90,7 @@ def save_params(path: PathLike, params: Params, config: ModelConfig) -> None:
     with ocp.Checkpointer(_composite()) as checkpointer:
         checkpointer.save(
             folder,
-            args=ocp.args.Composite(params=save_by_layer(params), config=ocp.args.JsonSave(dataclasses.asdict(config))),
+            args=ocp.args.Composite(params=save_by_layer(params), config=JsonSave(dataclasses.asdict(config))),
         )
 
 
@@ -100,54 +116,63 @@ def import_params(path: PathLike, params: Mapping[str, Any], config: ModelConfig
     try:
         save_params(partial, jax.tree.map(_zeros, params), config)
         jax.tree.map(_fill, _open_stores(partial, "params", write=True), params)
+        write_digests(partial / "params")
         partial.rename(folder)
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(partial)
 
 
-def load_params(path: PathLike, ema: bool = False) -> tuple[dict[str, Any], ModelConfig]:
+def load_params(path: PathLike, ema: bool = False, verify: bool = True) -> tuple[dict[str, Any], ModelConfig]:
     """Reads parameters as numpy arrays of the dtype stored, and nothing else of the checkpoint.
 
     Args:
       path: a checkpoint of parameters, a checkpoint of a training run, or a run's folder, of which the newest is read.
       ema: the moving average in place of the parameters.
+      verify: compare the files with their digests first, which reads them once more.
 
     Raises:
-      ValueError: no such folder, no checkpoint in it, no moving average in it, or a file of it is missing.
+      ValueError: no such folder, no checkpoint in it, no moving average in it, or a file of it is missing or damaged.
+      OSError: a file can't be read, or JAX has no device.
     """
     folder, item = find_checkpoint(path, ema)
-    return read_arrays(folder, item), read_model(folder)
+    return read_arrays(folder, item, verify), read_model(folder)
 
 
-def open_params(path: PathLike, ema: bool = False) -> tuple[dict[str, Any], ModelConfig]:
-    """As `load_params`, but reads nothing yet: `np.asarray(array[i])` reads layer i of a stack and no more.
+def open_params(path: PathLike, ema: bool = False, verify: bool = True) -> tuple[dict[str, Any], ModelConfig]:
+    """As `load_params`, but reads no array yet: `np.asarray(array[i])` reads layer i of a stack and no more.
 
     Returns:
       The parameters as `tensorstore.TensorStore`s, whose numpy dtype is `array.dtype.numpy_dtype`; the model.
     """
     folder, item = find_checkpoint(path, ema)
+    if verify:
+        verify_items(folder, (item,))
     return _open_stores(folder, item), read_model(folder)
 
 
-def read_arrays(folder: PathLike, item: str) -> dict[str, Any]:
+def read_arrays(folder: PathLike, item: str, verify: bool = True) -> dict[str, Any]:
     """One item of one checkpoint as numpy arrays of the dtype stored.
 
     Raises:
       ValueError: it is missing or damaged.
+      OSError: a file can't be read, or JAX has no device.
     """
     folder = absolute(folder)
+    if verify:
+        verify_items(folder, (item,))
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), _shapes(folder, item))
-    return _restore_item(folder, item, ocp.args.PyTreeRestore(restore_args=restore_args))
+    return _restore_item(folder, item, ArraysRestore(restore_args=restore_args))
 
 
-def restore_params(path: PathLike, shapes: Params, ema: bool = False) -> dict[str, Any]:
+def restore_params(path: PathLike, shapes: Params, ema: bool = False, verify: bool = True) -> dict[str, Any]:
     """Reads parameters straight into their place on the devices, cast to the dtype asked for.
 
     Args:
       path: as in `load_params`.
       shapes: `jax.ShapeDtypeStruct`s with shardings, of the model to fill.
       ema: the moving average in place of the parameters.
+      verify: as in `load_params`.
 
     Returns:
       Parameters as `shapes` has them; without "projectors" where the checkpoint has none.
@@ -156,6 +181,8 @@ def restore_params(path: PathLike, shapes: Params, ema: bool = False) -> dict[st
       ValueError: as in `load_params`, or parameters of another model, listed with their shapes.
     """
     folder, item = find_checkpoint(path, ema)
+    if verify:
+        verify_items(folder, (item, "config"))
     stored = _shapes(folder, item)
     if "projectors" not in stored:
         shapes = {"dit": shapes["dit"]}
@@ -163,7 +190,7 @@ def restore_params(path: PathLike, shapes: Params, ema: bool = False) -> dict[st
         stored = {"dit": stored["dit"]}  # a model without alignment has no use for them
     found, expected = ({name: tuple(x.shape) for name, x in flatten(tree).items()} for tree in (stored, shapes))
     check(expected, found, str(folder))
-    args = ocp.args.PyTreeRestore(
+    args = ArraysRestore(
         item=dict(shapes), restore_args=ocp.checkpoint_utils.construct_restore_args(dict(shapes)), partial_restore=True
     )
     return _restore_item(folder, item, args)
@@ -197,7 +224,9 @@ def read_json(folder: PathLike, item: str) -> dict[str, Any]:
     Raises:
       ValueError: it is missing or damaged.
     """
-    return _restore_item(absolute(folder), item, ocp.args.JsonRestore())
+    folder = absolute(folder)
+    verify_items(folder, (item,), warn=False)
+    return _restore_item(folder, item, JsonRestore())
 
 
 def read_model(path: PathLike) -> ModelConfig:
@@ -218,11 +247,38 @@ def array_handler() -> ocp.PyTreeCheckpointHandler:
     """
     numpy_arrays = (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
     jax_arrays = (jax.Array, ocp.type_handlers.ArrayHandler())
-    return ocp.PyTreeCheckpointHandler(
+    return DigestedArrays(
         use_compression=False,
         save_concurrent_gb=None,
         type_handler_registry=ocp.type_handlers.create_type_handler_registry(numpy_arrays, jax_arrays),
     )
+
+
+def verify_items(folder: epath.Path, items: Iterable[str], warn: bool = True) -> None:
+    """Compares items of a checkpoint with their digests; see `check_digests` for `warn` and what is raised."""
+    try:
+        check_digests(folder, items, warn)
+    except Exception as error:
+        raise unreadable(error, folder) from error
+
+
+def unreadable(error: Exception, path: epath.Path) -> Exception:
+    """The error to raise where a checkpoint can't be read.
+
+    Returns:
+      An error of the machine, be it of its permissions, memory or devices, as itself, those of TensorStore as an
+      OSError; a ValueError, that the checkpoint is damaged, for any other.
+    """
+    if isinstance(error, DamagedError | MemoryError | jax.errors.JaxRuntimeError):
+        return error
+    absent = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    if isinstance(error, OSError) and not absent:
+        if error.errno is None:
+            return error
+        return type(error)(f"{error.filename or path} can't be read: {error.strerror}.")
+    if any(status in str(error) for status in MACHINE):
+        return OSError(f"{path} can't be read ({first_line(error)}).")
+    return ValueError(f"{path} can't be read ({first_line(error)}); the checkpoint is not whole.")
 
 
 @contextlib.contextmanager
@@ -245,10 +301,10 @@ def one_error() -> Iterator[None]:
         sys.unraisablehook = before
 
 
-def save_by_layer(tree: Any) -> ocp.args.PyTreeSave:
+def save_by_layer(tree: Any) -> ArraysSave:
     """Orbax's arguments to save a tree of arrays, stacks of matrices in chunks of one layer."""
     args = jax.tree.map(lambda x: ocp.SaveArgs(shard_axes=(0,) if _is_stack(x) else ()), tree)
-    return ocp.args.PyTreeSave(tree, save_args=args)
+    return ArraysSave(tree, save_args=args)
 
 
 def absolute(path: PathLike) -> epath.Path:
@@ -297,27 +353,29 @@ def _open_stores(folder: epath.Path, item: str, write: bool = False) -> dict[str
     try:
         return jax.tree_util.tree_map_with_path(opened, _shapes(folder, item))
     except ValueError as error:
-        raise ValueError(f"{base} can't be read ({first_line(error)}); the checkpoint is not whole.") from error
+        raise unreadable(error, folder / item) from error
 
 
 def _composite() -> ocp.CompositeCheckpointHandler:
     """Orbax's handler of every item that a checkpoint of parameters or of a training run may have."""
     handlers: dict[str, Any] = {name: array_handler() for name in ARRAYS}
-    return ocp.CompositeCheckpointHandler(**handlers, **{name: ocp.JsonCheckpointHandler() for name in JSONS})
+    return ocp.CompositeCheckpointHandler(**handlers, **{name: DigestedJson() for name in JSONS})
 
 
 def _shapes(path: epath.Path, item: str) -> dict[str, Any]:
     """Names, shapes and dtypes of an item's arrays."""
+    check_backend()
     try:
         with one_error():
             return array_handler().metadata(path / item).tree
     except Exception as error:
-        raise ValueError(f"{path / item} can't be read ({first_line(error)}); the checkpoint is not whole.") from error
+        raise unreadable(error, path / item) from error
 
 
 def _restore_item(path: epath.Path, item: str, args: Any) -> Any:
+    check_backend()
     try:
         with one_error(), ocp.Checkpointer(_composite()) as checkpointer:
             return checkpointer.restore(path, args=ocp.args.Composite(**{item: args}))[item]
     except Exception as error:
-        raise ValueError(f"{path / item} can't be read ({first_line(error)}); the checkpoint is not whole.") from error
+        raise unreadable(error, path / item) from error

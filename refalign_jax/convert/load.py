@@ -20,7 +20,9 @@ from refalign_jax.trees import flatten, unflatten
 from refalign_jax.types import Array, Params
 
 
-def initial_params(init: str, ema: bool, model: ModelConfig, shapes: Params, key: Array) -> tuple[dict[str, Any], str]:
+def initial_params(
+    init: str, ema: bool, model: ModelConfig, shapes: Params, key: Array, verify: bool = True
+) -> tuple[dict[str, Any], str]:
     """Parameters straight in their place on the devices, float32.
 
     Args:
@@ -29,6 +31,7 @@ def initial_params(init: str, ema: bool, model: ModelConfig, shapes: Params, key
       model: what they must fit.
       shapes: `jax.ShapeDtypeStruct`s with shardings.
       key: for what is random.
+      verify: compare the files of a checkpoint with their digests first.
 
     Returns:
       The parameters, and a sentence that states where they are from. Projectors that `init` lacks are random.
@@ -41,7 +44,7 @@ def initial_params(init: str, ema: bool, model: ModelConfig, shapes: Params, key
         params = jax.jit(lambda key: random_params(model, key), out_shardings=shardings)(key)
         return params, "Parameters are random."
     if is_checkpoint(init):
-        params = restore_params(init, shapes, ema)
+        params = restore_params(init, shapes, ema, verify)
     elif ema:
         raise ValueError(f"train.init_ema: {init} is no training checkpoint, so it has no moving average.")
     else:

@@ -10,14 +10,35 @@ devices hold, then writes in the background. convert/checkpoint.py reads the par
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from refalign_jax.atomic import first_line
-from refalign_jax.convert.checkpoint import ARRAYS, JSONS, PathLike, absolute, array_handler, one_error, save_by_layer
+from refalign_jax.convert.checkpoint import (
+    ARRAYS,
+    JSONS,
+    PathLike,
+    absolute,
+    array_handler,
+    one_error,
+    read_json,
+    save_by_layer,
+    unreadable,
+)
+from refalign_jax.convert.checksums import (
+    ArraysRestore,
+    DamagedError,
+    DigestedJson,
+    JsonRestore,
+    JsonSave,
+    check_digests,
+)
+from refalign_jax.devices import check_backend
 from refalign_jax.types import Params
 
 
@@ -27,16 +48,20 @@ class Checkpoints:
     Args:
       folder: where they are, local or gs://; made if need be. What an interrupted write left is removed.
       keep: number of newest checkpoints that are kept.
+      verify: compare a checkpoint's files with their digests before it is restored, which reads them once more;
+        several processes share the files.
 
     Raises:
       OSError: the folder can't be written.
     """
 
-    def __init__(self, folder: PathLike, keep: int) -> None:
+    def __init__(self, folder: PathLike, keep: int, verify: bool = True) -> None:
+        check_backend()
         self.folder = absolute(folder)
+        self._verify = verify
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         handlers: dict[str, Any] = {name: array_handler() for name in ARRAYS}
-        handlers |= {name: ocp.JsonCheckpointHandler() for name in JSONS}
+        handlers |= {name: DigestedJson() for name in JSONS}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
@@ -68,7 +93,7 @@ class Checkpoints:
           OSError: this or the previous checkpoint can't be written.
         """
         items: dict[str, Any] = {name: save_by_layer(tree) for name, tree in arrays.items()}
-        items |= {"config": ocp.args.JsonSave(dict(config)), "progress": ocp.args.JsonSave(dict(progress))}
+        items |= {"config": JsonSave(dict(config)), "progress": JsonSave(dict(progress))}
         self._guard(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
 
     def restore(self, step: int, shapes: Mapping[str, Params]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -79,23 +104,45 @@ class Checkpoints:
           shapes: trees of `jax.ShapeDtypeStruct`s; their shardings may differ from those at saving.
 
         Raises:
-          ValueError: a file of it is missing or damaged.
+          ValueError: a file of it is missing or damaged, or it is of another step than its folder's name.
+          OSError, MemoryError, JaxRuntimeError: the machine can't read it; it may be whole.
         """
         items: dict[str, Any] = {
-            name: ocp.args.PyTreeRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
+            name: ArraysRestore(item=tree, restore_args=ocp.checkpoint_utils.construct_restore_args(tree))
             for name, tree in shapes.items()
         }
-        try:
+        every = ocp.args.Composite(**items, progress=JsonRestore())
+        with self._damage_named(step):
+            if self._verify:
+                share = (jax.process_index(), jax.process_count())
+                check_digests(self.path(step), (*ARRAYS, *JSONS), share=share)
             with one_error():
-                every = ocp.args.Composite(**items, progress=ocp.args.JsonRestore())
                 restored = self._manager.restore(step, args=every)
+            saved = restored["progress"].get("step")
+            if saved != step:
+                raise ValueError(f"it is of step {saved}, not {step}")
+        return {name: restored[name] for name in shapes}, restored["progress"]
+
+    def read_config(self, step: int) -> dict[str, Any]:
+        """Reads the configuration that one checkpoint was saved with; raises as `restore` does."""
+        with self._damage_named(step):
+            return read_json(self.path(step), "config")
+
+    @contextlib.contextmanager
+    def _damage_named(self, step: int) -> Iterator[None]:
+        """Adds to an error of damaged data which checkpoint to remove; lets others pass."""
+        try:
+            yield
         except Exception as error:
+            passing = unreadable(error, self.path(step))
+            if not isinstance(passing, ValueError):
+                raise passing from error
             others = [s for s in self._manager.all_steps() if s < step]
             before = f"from step {max(others)}" if others else "from the beginning"
+            reason = str(error).removesuffix(".") if isinstance(error, DamagedError) else first_line(error)
             raise ValueError(
-                f"{self.path(step)} can't be restored ({first_line(error)}); remove that folder to continue {before}."
+                f"{self.path(step)} can't be restored ({reason}); remove that folder to continue {before}."
             ) from error
-        return {name: restored[name] for name in shapes}, restored["progress"]
 
     def should_stop(self, step: int) -> bool:
         """Whether the cluster is about to take a machine away; the same in every process."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from refalign_jax.config import Config
 from refalign_jax.data.loader import BatchIterator, Source
 from refalign_jax.encoders.interface import VideoCodec
 from refalign_jax.initial import random_params
+from refalign_jax.locks import exclusive
 from refalign_jax.provenance import about
 from refalign_jax.sharding import check_batch, check_heads, make_mesh, replicated
 from refalign_jax.trainer import preflight
@@ -52,6 +54,8 @@ class Run:
 def open_run(config: Config, source: Source | None = None) -> Iterator[Run]:
     """Opens the run of a recipe, and closes it when the block ends.
 
+    While it is open, the first process holds the locks of its folders, so that a second run in one of them is refused.
+
     Args:
       config: of the run.
       source: the examples; None opens those that the recipe names.
@@ -71,7 +75,11 @@ def open_run(config: Config, source: Source | None = None) -> Iterator[Run]:
         folder = preflight.check_folder(config.train.folder, "train.folder")
         made = about()
         place = config.train.checkpoint_folder or Path(folder) / "checkpoints"
-        with Checkpoints(place, config.train.keep) as checkpoints:
+        written = {os.fspath(folder), config.train.checkpoint_folder} - {""} if jax.process_index() == 0 else set()
+        with contextlib.ExitStack() as held:
+            for locked in sorted(written):
+                held.enter_context(exclusive(locked, "a training run"))
+            checkpoints = held.enter_context(Checkpoints(place, config.train.keep, config.train.verify_checkpoints))
             yield Run(
                 config=config,
                 mesh=mesh,

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from refalign_jax.config import Config
-from refalign_jax.convert.checkpoint import ARRAYS, read_json
+from refalign_jax.convert.checkpoint import ARRAYS
 from refalign_jax.convert.load import initial_params
 from refalign_jax.initial import random_params
 from refalign_jax.sharding import bytes_per_device, place_shapes, replicated
@@ -77,15 +77,16 @@ def begin(config: Config, mesh: Mesh, checkpoints: Checkpoints) -> tuple[TrainSt
     step = checkpoints.latest
     if step is None:
         init_key, key = jax.random.split(jax.random.key(config.train.seed))
-        params, origin = initial_params(config.train.init, config.train.init_ema, config.model, shapes.params, init_key)
+        given, verify = config.train, config.train.verify_checkpoints
+        params, origin = initial_params(given.init, given.init_ema, config.model, shapes.params, init_key, verify)
         logger.info(origin)
         place = jax.tree.map(lambda x: x.sharding, shapes)
         return jax.jit(lambda params, key: init_state(params, key, config), out_shardings=place)(params, key), None
 
     path = str(checkpoints.path(step))
-    for difference in check_same_run(read_json(path, "config"), dataclasses.asdict(config), path):
+    for difference in check_same_run(checkpoints.read_config(step), dataclasses.asdict(config), path):
         logger.info("Since %s: %s.", path, difference)
-    arrays, progress = checkpoints.restore(step, _arrays(shapes))
+    arrays, progress = checkpoints.restore(step, array_items(shapes))
     small = jax.jit(lambda *x: (*x[:2], jax.random.wrap_key_data(x[2])), out_shardings=replicated(mesh))(
         np.int32(progress["step"]), np.int32(progress["skipped"]), np.array(progress["key"], np.uint32)
     )
@@ -119,7 +120,7 @@ def save(
         "data": dict(data),
         "about": dict(made),
     }
-    checkpoints.save(step, _arrays(state), progress, dataclasses.asdict(config))
+    checkpoints.save(step, array_items(state), progress, dataclasses.asdict(config))
 
 
 def check_room(state: TrainState, checkpoints: Checkpoints) -> None:
@@ -128,10 +129,10 @@ def check_room(state: TrainState, checkpoints: Checkpoints) -> None:
     Raises:
       OSError: too little room.
     """
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(_arrays(state)))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(array_items(state)))
     check_disk(str(checkpoints.folder), size)
 
 
-def _arrays(state: TrainState) -> dict[str, Any]:
+def array_items(state: TrainState) -> dict[str, Any]:
     """The items of a checkpoint that hold arrays."""
     return {name: getattr(state, name) for name in ARRAYS if getattr(state, name) is not None}
