@@ -15,22 +15,34 @@ flips single bits of a checkpoint, over every file in turn: each must be refused
 also starts two runs in one folder at the same time: one must run to its end and the other be refused.
 """
 
+import dataclasses
 import random
 import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+from tyro.conf import arg
 
 from refalign_jax.command import run
+
+
+@dataclasses.dataclass(frozen=True)
+class More:
+    """What is done beside the kills."""
+
+    flips: int = 0
+    """Single bits to flip, over the files of a checkpoint in turn."""
+    starts: int = 0
+    """Starts of two runs in one folder."""
 
 
 def soak_all(
     *,
     kills: int = 50,
-    flips: int = 0,
-    starts: int = 0,
+    more: Annotated[More, arg(name="")] = More(),
     steps: int = 40,
     recipe: Path = Path(__file__).parents[1] / "configs/tiny.py",
     seed: int = 0,
@@ -40,8 +52,7 @@ def soak_all(
 
     Args:
       kills: with each number of workers.
-      flips: of single bits, over the files of a checkpoint.
-      starts: of two runs in one folder.
+      more: what else.
       steps: of a run; every third is saved.
       recipe: a small one.
       seed: of the moments and signals.
@@ -58,15 +69,18 @@ def soak_all(
         print(f"{workers} workers: {kills} kills, {runs} runs of {steps} steps, {len(faults)} faults, {seconds:.0f} s")
         print("\n".join(faults[:20]), flush=True)
         failed += len(faults)
-    if starts:
-        faults = start_two(recipe, place, starts, steps)
-        print(f"{starts} starts of two runs in one folder, {len(faults)} faults")
+    if more.starts:
+        faults = start_two(recipe, place, more.starts, steps)
+        print(f"{more.starts} starts of two runs in one folder, {len(faults)} faults")
         print("\n".join(faults[:20]), flush=True)
         failed += len(faults)
-    if flips:
+    if more.flips:
         Attempt(recipe, place / "flips", steps, 0, place / "cache").wait()
-        refused, faults = flip_bits(place / "flips", flips, random.Random(seed))
-        print(f"{flips} flipped bits: {refused} refused, {flips - refused - len(faults)} without effect, ", end="")
+        refused, faults = flip_bits(place / "flips", more.flips, random.Random(seed))
+        print(
+            f"{more.flips} flipped bits: {refused} refused, {more.flips - refused - len(faults)} without effect, ",
+            end="",
+        )
         print(f"{len(faults)} restored as other values")
         print("\n".join(faults[:20]), flush=True)
         failed += len(faults)

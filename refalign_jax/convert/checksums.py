@@ -86,7 +86,7 @@ def write_digests(item: epath.Path) -> None:
     names = sorted(_names(item, ""))
     reads = [(name, start) for name in names for start in _starts((item / name).stat().length)]
     digests: dict[str, list[str]] = {name: [] for name in names}
-    for (name, _), found in zip(reads, _hash(item, reads), strict=True):
+    for (name, _), found in zip(reads, hash_blocks(item, reads), strict=True):
         digests[name] += found
     write_text(item / FILE, json.dumps({KEY: digests}))
 
@@ -128,7 +128,7 @@ def _check_item(item: epath.Path, share: tuple[int, int]) -> None:
             raise DamagedError(f"{item / name} is missing.")
     lengths = {name: (item / name).stat().length for name in expected}
     reads = [(name, start) for name, length in lengths.items() for start in _starts(length)][share[0] :: share[1]]
-    for (name, start), found in zip(reads, _hash(item, reads), strict=True):
+    for (name, start), found in zip(reads, hash_blocks(item, reads), strict=True):
         written = expected[name][start : start + BLOCKS_PER_READ]
         differ = [index for index, (a, b) in enumerate(zip(written, found, strict=False)) if a != b]
         if differ:
@@ -150,7 +150,7 @@ def _read_digests(item: epath.Path) -> dict[str, list[str]]:
     raise DamagedError(f"{path} is damaged: it holds no lists of digests.")
 
 
-def _hash(item: epath.Path, reads: list[tuple[str, int]]) -> Iterator[list[str]]:
+def hash_blocks(item: epath.Path, reads: list[tuple[str, int]]) -> Iterator[list[str]]:
     """Digests of up to `BLOCKS_PER_READ` blocks from each of several places (file, first block), in their order."""
 
     def run(read: tuple[str, int]) -> list[str]:
@@ -197,7 +197,7 @@ def _arrays_between(item: epath.Path, name: str, start: int, stop: int) -> list[
     arrays = set()
     try:
         store = ts.KvStore.open((base if "://" in base else f"file://{base}") + "/").result()
-        for key, file, offset, length in _values(store):
+        for key, file, offset, length in stored_values(store):
             if file == name and offset < stop and start < offset + length:
                 arrays.add(key.rpartition("/")[0])
     except (ValueError, LookupError, OSError):
@@ -205,7 +205,7 @@ def _arrays_between(item: epath.Path, name: str, start: int, stop: int) -> list[
     return sorted(arrays)
 
 
-def _values(store: ts.KvStore) -> Iterator[tuple[str, str, int, int]]:
+def stored_values(store: ts.KvStore) -> Iterator[tuple[str, str, int, int]]:
     """Key, file, offset and length of every value in OCDBT's index that is large enough to be stored in a data file."""
     nodes: list[Any] = [ts.ocdbt.dump(store).result()["versions"][-1]["root"]["location"]]
     while nodes:

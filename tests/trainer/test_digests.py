@@ -4,6 +4,7 @@ import json
 import logging
 import random
 import shutil
+import socket
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 import tensorstore as ts
 from support.runs import MODEL, recipe
 
+from refalign_jax import locks
 from refalign_jax.config import Config
 from refalign_jax.convert import checkpoint as checkpoint_module
 from refalign_jax.convert import checksums
@@ -57,7 +59,7 @@ def damaged(run, tmp_path):
 
 def values(item):
     """Key, file, offset and length of the values of an item that lie in data files."""
-    return list(checksums._values(ts.KvStore.open(f"file://{item}/").result()))
+    return list(checksums.stored_values(ts.KvStore.open(f"file://{item}/").result()))
 
 
 def change(path, bit):
@@ -155,8 +157,8 @@ def test_each_process_checks_its_share(run, monkeypatch):
     item = run / "checkpoints/3/params"
     before = (item / checksums.FILE).read_bytes()
     write_digests(item)
-    read, hashed = [], checksums._hash
-    monkeypatch.setattr(checksums, "_hash", lambda item, reads: read.append(reads) or hashed(item, reads))
+    read, hashed = [], checksums.hash_blocks
+    monkeypatch.setattr(checksums, "hash_blocks", lambda item, reads: read.append(reads) or hashed(item, reads))
     for index in range(3):
         check_digests(item.parent, ["params"], share=(index, 3))
     check_digests(item.parent, ["params"])
@@ -220,9 +222,7 @@ def test_devices_that_do_not_start_are_named(run, monkeypatch):
 
 def test_a_second_trainer_in_a_folder_is_refused(tmp_path):
     """A process of this host that is alive holds both folders in turn."""
-    from refalign_jax import locks
-
-    identity = json.loads(locks._identity("a training run")) | {"pid": 1, "begun": locks.begun(1)}
+    identity = {"host": socket.gethostname(), "pid": 1, "begun": locks.begun(1), "what": "a training run", "time": ""}
     for place in (tmp_path / "run", tmp_path / "elsewhere"):
         place.mkdir(exist_ok=True)
         (place / locks.LOCK).write_text(json.dumps(identity))
