@@ -119,8 +119,8 @@ def import_params(path: PathLike, params: Mapping[str, Any], config: ModelConfig
         write_digests(partial / "params")
         partial.rename(folder)
     finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(partial)
+        for left in folder.parent.glob(f"{partial.name}*"):  # Orbax writes under a name of its own first
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def load_params(path: PathLike, ema: bool = False, verify: bool = True) -> tuple[dict[str, Any], ModelConfig]:

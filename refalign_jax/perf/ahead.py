@@ -60,6 +60,8 @@ def topology_mesh(config: MeshConfig, topology: str) -> Mesh:
     Raises:
       ValueError: libtpu is missing, it does not support the topology, or the mesh does not fit its chips.
     """
+    if not re.fullmatch(r"[^:]+:[1-9]\d*(x[1-9]\d*)*", topology):
+        raise ValueError(f"--topology {topology!r} can't be used; give one such as v5p:4x4x4 or v5e:16x16.")
     more = {"num_slices": config.slices} if config.slices > 1 else {}
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **more)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -47,7 +48,6 @@ def write_report(run: Path, out: Path, compare: Sequence[tuple[Path, Path]] = ()
     for name, heading, make in (bar := tqdm(parts, desc="report", unit="section")):
         bar.set_postfix_str(heading)
         made.append((name, heading, make()))
-    _write_charts(out.with_name(f"{out.stem}_figures"), [chart for *_, section in made for chart in section.charts])
     page = render(
         "page.html",
         title=f"RefAlign run {read.folder.resolve().name}",
@@ -56,7 +56,15 @@ def write_report(run: Path, out: Path, compare: Sequence[tuple[Path, Path]] = ()
         sections=made,
         made=about(),
     )
-    write_text(out, page)
+    figures = out.with_name(f"{out.stem}_figures")
+    new = not figures.exists()
+    try:
+        _write_charts(figures, [chart for *_, section in made for chart in section.charts])
+        write_text(out, page)
+    except OSError:  # such as a full disk
+        if new:
+            shutil.rmtree(figures, ignore_errors=True)
+        raise
 
 
 def _summary(run: Run) -> str:

@@ -1,6 +1,7 @@
 """Every command ends in a sentence: after Ctrl-C, unforeseen errors, closed or full outputs, and a device that is not
 there."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -10,10 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-from support.places import ROOT, environment
+from support import examples
+from support.places import GOLDEN, ROOT, environment
 
 from refalign_jax import command
-from refalign_jax.config import Config, DataConfig, TrainConfig
+from refalign_jax.config import Config, DataConfig, Storage, TrainConfig
+from refalign_jax.data.overview import inspect_dataset
+from refalign_jax.data.shard_writer import ShardWriter
+from refalign_jax.perf.ahead import topology_mesh
 
 SCRIPT = "import sys, time\nfrom refalign_jax.command import run\ndef main(arguments, prog):\n    {}\nrun(main)\n"
 
@@ -142,3 +147,47 @@ def test_the_gpu_check_refuses_a_machine_without_a_gpu():
     assert done.returncode == 2
     assert done.stderr.startswith("error: JAX finds no GPU here, only 'cpu'")
     assert time.monotonic() - began < 60
+
+
+LIMITED = """import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from refalign_jax.command import load
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+return load({!r})(arguments, prog)"""
+"""A command whose files may have 2,000 bytes, as on a full disk."""
+
+
+def write_data(folder: Path) -> None:
+    with ShardWriter(folder, storage=Storage(), made={}) as writer:
+        writer.add(dataclasses.replace(examples.make(0), prompt="costs $5 and $_{"))
+
+
+def test_a_full_disk_leaves_nothing_of_a_contact_sheet(tmp_path):
+    write_data(tmp_path / "data")
+    before = sorted(tmp_path.rglob("*"))
+    process = start(LIMITED.format("overview"), str(tmp_path / "data"), "--out", str(tmp_path / "sheet.png"))
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert printed == f"error: {tmp_path / 'sheet.png'} can't be written: File too large.\n"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_nothing_of_an_import(tmp_path):
+    given = [str(GOLDEN / "dit_a/weights.safetensors"), str(tmp_path / "out"), "--num-heads", "2"]
+    process = start(LIMITED.format("convert"), "import", *given)
+    _, printed = process.communicate(timeout=120)
+    assert process.returncode == 2, printed
+    assert "\nerror: " in f"\n{printed}"  # TensorStore's threads may print after it
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dollars_in_a_prompt_are_no_formula(tmp_path):
+    write_data(tmp_path / "data")
+    inspect_dataset(str(tmp_path / "data"), out=tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").is_file()
+
+
+@pytest.mark.parametrize("topology", ["v5p:0x0x0", "v5p:", ":2x2", "v5e:-2x2", " "])
+def test_topologies_of_nothing(topology):
+    with pytest.raises(ValueError, match="can't be used; give one such as v5p:4x4x4"):
+        topology_mesh(Config().mesh, topology)
