@@ -44,6 +44,7 @@ def train(config: Config, source: Source | None = None) -> None:
 
     Raises:
       ValueError, OSError: what the user can correct, in one sentence.
+      KeyboardInterrupt: Ctrl-C ended it; the checkpoint is written.
     """
     with distributed.exit_alone():
         start_jax(config.train)
@@ -84,7 +85,8 @@ def train_steps(state: TrainState, run: Run, log: Log, stop: threading.Event, gu
     """
     config, mesh, source = run.config, run.mesh, run.source
     if stop.is_set():
-        return  # nothing has been done yet that could be lost
+        log.print(f"Stopped before step {int(state.step) + 1}; nothing was done that could be lost.")
+        return
     shapes = batch_shapes(config, source.spec, mesh)
     program, description = compile_step(state, shapes, run.empty_text, config, mesh)
     distributed.meet("compiled", config.train)
@@ -196,12 +198,17 @@ def stop_requested() -> Iterator[threading.Event]:
     """An event that SIGTERM or Ctrl-C sets; a second one has its usual effect.
 
     With several processes jax.distributed listens for SIGTERM, so that all of them stop after the same step.
+
+    Raises:
+      KeyboardInterrupt: when the block has ended after Ctrl-C, so that the command's exit code is not that of a whole run.
     """
     event = threading.Event()
     before: dict[int, Any] = {}
+    received: list[int] = []
 
     def handle(number: int, frame: object) -> None:
         event.set()
+        received.append(number)
         signal.signal(number, before[number])
 
     numbers = [signal.SIGTERM, signal.SIGINT] if jax.process_count() == 1 else []
@@ -209,6 +216,8 @@ def stop_requested() -> Iterator[threading.Event]:
         before[number] = signal.signal(number, handle)
     try:
         yield event
+        if signal.SIGINT in received:
+            raise KeyboardInterrupt
     finally:
         for number in numbers:
             signal.signal(number, before[number])

@@ -211,6 +211,19 @@ def finished(tmp_path_factory):
     return folder
 
 
+def test_ctrl_c_saves_a_checkpoint_and_is_an_interruption(tmp_path):
+    config, signals = recipe(tmp_path), iter([signal.SIGINT])
+
+    def interrupt(arrays):
+        for number in signals:  # once
+            os.kill(os.getpid(), number)
+        return arrays
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, Disturbed(config, 17, interrupt))
+    assert 1 <= int(find_checkpoint(tmp_path)[0].name) <= 3
+
+
 def test_a_run_stopped_and_killed_equals_the_run_never_stopped(finished, tmp_path):
     config, signals = recipe(tmp_path), iter([signal.SIGTERM])
 
