@@ -22,17 +22,11 @@ PLUGINS = ("libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin")
 
 def about() -> dict[str, Any]:
     """Versions, flags, commit, devices, command and time, for every file that a run writes."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     installed = [name for name in PLUGINS if importlib.util.find_spec(name.replace("-", "_"))]
     return {
         "command": shlex.join(sys.argv),
         "refalign_jax": refalign_jax.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit(),
         "python": sys.version.split()[0],
         "versions": {name: importlib.metadata.version(name) for name in (*PACKAGES, *installed)},
         "flags": {
@@ -44,3 +38,14 @@ def about() -> dict[str, Any]:
         "processes": jax.process_count(),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _commit() -> str:
+    """The commit of the clone that this code is in, or "unknown": outside of one, or where git is not installed."""
+    folder = str(Path(__file__).parent)
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
