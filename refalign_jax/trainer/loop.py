@@ -200,7 +200,7 @@ def stop_requested() -> Iterator[threading.Event]:
     With several processes jax.distributed listens for SIGTERM, so that all of them stop after the same step.
 
     Raises:
-      KeyboardInterrupt: when the block has ended after Ctrl-C, so that the command does not exit as a finished run does.
+      KeyboardInterrupt: when the block has ended after Ctrl-C, so that its exit code differs from a finished run.
     """
     event = threading.Event()
     before: dict[int, Any] = {}
