@@ -202,6 +202,7 @@ def compile_step(
     Returns:
       The program; seconds of compilation, number of parameters, and bytes per device beside the state and the batch.
     """
+    logger.info("Compiling the training step.")
     began = time.perf_counter()
     compiled = lower_step(state, batch, empty_text, config, mesh).compile()
     seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
