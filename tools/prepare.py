@@ -52,6 +52,8 @@ def main(arguments: list[str], prog: str) -> None:
       ValueError: the kind is neither named nor shown by the file's ending.
     """
     if arguments and arguments[0] not in KINDS and not arguments[0].startswith("-"):
+        if Path(arguments[0]).is_dir():
+            raise ValueError(f"{arguments[0]} is a folder; name the file that holds the records.")
         ending = Path(arguments[0]).suffix
         if ending not in ENDINGS:
             raise ValueError(

@@ -207,6 +207,9 @@ def find_checkpoint(path: PathLike, ema: bool = False) -> tuple[epath.Path, str]
             if steps:
                 folder = parent / str(max(steps))
                 break
+        else:
+            if (given / "checkpoints").is_dir():
+                raise ValueError(f"The run {given} has no checkpoint yet.")
     item = "ema" if ema else "params"
     if ema and (folder / "params").is_dir() and not (folder / "ema").is_dir():
         raise ValueError(f"{folder} holds no moving average, having been trained with optimizer.ema_decay=0.")

@@ -94,6 +94,7 @@ def test_the_entry_point_refuses_an_unknown_command(monkeypatch, capsys):
         (["demo", "none.py"], "The recipe none.py does not exist"),
         (["prepare", "none.jsonl", "d", "--vae", "dct", "--text-encoder", "words", "--vfm", "daisy"], "none.jsonl"),
         (["prepare", "none.txt", "d"], "The ending of none.txt does not show what kind of records it holds"),
+        (["prepare", ".", "d"], ". is a folder; name the file that holds the records"),
         (["sample", "none", "none.jsonl", "out"], "none.jsonl"),
         (["overview", "none"], "none/manifest.json"),
         (["verify", "none"], "none"),

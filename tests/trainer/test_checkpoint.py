@@ -194,6 +194,9 @@ def test_no_checkpoint_is_said(tmp_path):
         load_params(tmp_path / "none")
     with pytest.raises(ValueError, match="is no checkpoint of parameters"):
         load_params(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(ValueError, match=r"The run .* has no checkpoint yet"):
+        load_params(tmp_path)
 
 
 def test_a_run_starts_from_another(run):
