@@ -175,7 +175,7 @@ def exit_with(call: Callable[[], int | None]) -> None:
         if before is not None:
             signal.signal(signal.SIGINT, signal.SIG_DFL if signals else before)
     with contextlib.suppress(OSError):
-        print(*filter(None, [sentence]), sep="", end="\n" if sentence else "", file=sys.stderr)
+        sys.stderr.write(f"{sentence}\n" if sentence else "")  # at once, since other threads may print too
     sys.exit(_close_streams() or code)
 
 
