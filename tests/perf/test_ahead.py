@@ -79,7 +79,7 @@ def test_what_does_not_fit_each_other_is_refused_before_compiling():
         (("--topology", "v5e:2x4", "--mesh.data", "1"), "is not the number of devices, 8"),
         (("--topology", "v5e:2x2", "--mesh.fsdp", "1", "--mesh.context", "4"), "num_heads=2 is not divisible"),
         ((), "Name a topology"),
-        (("--table", "benchmarks/none.json"), "can't be read as a report"),
+        (("--table", "benchmarks/none.json"), "benchmarks/none.json does not exist"),
         (("--table", str(ROOT / "benchmarks/2026-11-26-cpu-train.json")), "it lacks memory_gib, tiles, topology"),
     ):
         done = run(*arguments)
