@@ -14,7 +14,7 @@ from refalign_jax.config import PrepareConfig
 from refalign_jax.data.records import Record, Skipped, random_of, subject_ids
 from refalign_jax.data.references import load_reference
 from refalign_jax.data.video import TICK, probe, read_frames
-from refalign_jax.types import Float, Int
+from refalign_jax.types import Bool, Float, Int
 
 UNREADABLE_VIDEO = "the video can't be read"
 UNREADABLE_REFERENCE = "a reference can't be read"
@@ -27,6 +27,8 @@ class Clip:
     record: Record
     video: UInt8[np.ndarray, "T h w 3"]
     references: UInt8[np.ndarray, "R h w 3"]
+    subjects: Bool[np.ndarray, "R h w"]
+    """True where a reference shows its subject."""
     subject_ids: Int[np.ndarray, " R"]
     """int32."""
     metadata: Mapping[str, Any]
@@ -65,7 +67,8 @@ def load_clip(record: Record, config: PrepareConfig) -> Clip | Skipped:
     return Clip(
         record=record,
         video=resize_and_crop(video, *size),
-        references=np.stack(references) if references else np.empty((0, *size, 3), np.uint8),
+        references=np.array([r.pixels for r in references], np.uint8).reshape(-1, *size, 3),
+        subjects=np.array([r.subject for r in references], bool).reshape(-1, *size),
         subject_ids=subject_ids(used),
         metadata={
             **record.metadata,

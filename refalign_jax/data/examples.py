@@ -23,7 +23,10 @@ from safetensors.numpy import save
 
 from refalign_jax.config import FIELDS, MAX_TEXT_LENGTH, Storage
 from refalign_jax.convert.safetensors_files import DTYPES
-from refalign_jax.types import Float, Int
+from refalign_jax.types import Bool, Float, Int
+
+MASK = "subject_mask"
+"""Name of the mask's array, which an example may lack."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,13 +51,16 @@ class Example:
     """Embeddings of the prompt's tokens, 1 ≤ S ≤ 512."""
     vfm_features: Float[np.ndarray, "R P E"]
     """VFM tokens of each reference on the grid (H/2, W/2), row-major: P = H/2·W/2."""
+    subject_mask: Bool[np.ndarray, "R P"] | None = None
+    """True where the patch shows the subject, False where it is blank; None where this is not known."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Any JSON: source, frame numbers, where the references were cut."""
 
     def __post_init__(self) -> None:
         if not self.id:
             raise ValueError("An example has an empty id; give each one a name that is unique in its dataset.")
-        check_shapes({name: getattr(self, name) for name in (*FIELDS, "subject_ids")}, self.id)
+        arrays = {name: getattr(self, name) for name in (*FIELDS, "subject_ids", MASK)}
+        check_shapes({name: array for name, array in arrays.items() if array is not None}, self.id)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,8 @@ class Spec:
     """Number of references of the example that has most."""
     storage: Storage = dataclasses.field(default_factory=Storage)
     """The dtype of each field."""
+    subject_mask: bool = False
+    """Whether every example has a subject mask."""
 
     @property
     def vfm_tokens(self) -> int:
@@ -86,7 +94,8 @@ def check_shapes(arrays: Mapping[str, np.ndarray], id: str) -> None:
     """Checks that an example's arrays fit each other.
 
     Args:
-      arrays: `FIELDS` and `subject_ids` by name, of the shapes that `Example` lists.
+      arrays: `FIELDS`, `subject_ids` and, where there is one, `subject_mask` by name, of the shapes that `Example`
+        lists.
       id: the example's id, for the message.
 
     Raises:
@@ -111,6 +120,8 @@ def check_shapes(arrays: Mapping[str, np.ndarray], id: str) -> None:
     vfm = shapes["vfm_features"]
     if len(vfm) != 3 or vfm[:2] != (R, P) or not vfm[2]:
         raise ValueError(f"Example {id}: vfm_features has shape {vfm}; it must be [R={R}, P={P}, E].")
+    if shapes.get(MASK, (R, P)) != (R, P):
+        raise ValueError(f"Example {id}: subject_mask has shape {shapes[MASK]}; it must be [R={R}, P={P}].")
     text = shapes["text"]
     if len(text) != 2 or not 1 <= text[0] <= MAX_TEXT_LENGTH or not text[1]:
         raise ValueError(f"Example {id}: text has shape {text}; it must be [1 to {MAX_TEXT_LENGTH} tokens, width].")
@@ -153,6 +164,8 @@ def encode(example: Example, storage: Storage) -> bytes:
             arrays[name], arrays["vfm_scales"] = quantize(values)
         else:
             arrays[name] = np.ascontiguousarray(values, ml_dtypes.bfloat16 if kind == "bfloat16" else np.float32)
+    if example.subject_mask is not None:
+        arrays[MASK] = np.ascontiguousarray(example.subject_mask, np.uint8)
     try:
         about = json.dumps({"id": example.id, "prompt": example.prompt, "metadata": dict(example.metadata)})
     except (TypeError, ValueError) as error:
@@ -166,7 +179,8 @@ def parse(blob: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     `safetensors.numpy` is not used, because it copies every array and refuses bfloat16.
 
     Returns:
-      (arrays, about): `FIELDS`, `subject_ids`, and `vfm_scales` where the VFM features are int8; id, prompt, metadata.
+      (arrays, about): `FIELDS`, `subject_ids`, `vfm_scales` where the VFM features are int8, and `subject_mask`, uint8,
+        where it is known; id, prompt, metadata.
 
     Raises:
       ValueError: not a prepared example, or one whose shapes disagree.
@@ -224,4 +238,5 @@ def decode(blob: bytes) -> Example:
         reference_latents=values["reference_latents"],
         text=values["text"],
         vfm_features=values["vfm_features"],
+        subject_mask=arrays[MASK].astype(bool) if MASK in arrays else None,
     )

@@ -36,7 +36,7 @@ import numpy as np
 from absl import flags
 
 from refalign_jax.config import FIELDS, MAX_TEXT_LENGTH, DataConfig
-from refalign_jax.data.examples import Spec, fill
+from refalign_jax.data.examples import MASK, Spec, fill
 from refalign_jax.data.shards import CorruptRecordError
 from refalign_jax.types import Int
 
@@ -45,7 +45,7 @@ Rows = dict[str, np.ndarray]
 
 video_latents [B,F,H,W,C] · reference_latents [B,R,H,W,C] · num_references [B] int32 · subject_ids [B,R] int32, -1 where
 padded · text [B,S,text_width] · vfm_features [B,R,P,E] · ids [B] str · index [B] int64, the example's number in the
-dataset. References and text are padded by a suffix of zeros.
+dataset; subject_mask [B,R,P] bool, where the dataset has it. References and text are padded by a suffix of zeros.
 """
 
 _ENDLESS = 2**52
@@ -321,6 +321,8 @@ class _Read:
             "subject_ids": np.full((B, R), -1, np.int32),
             "index": np.zeros(B, np.int64),
         }
+        if self.source.spec.subject_mask:
+            batch[MASK] = np.zeros((B, R, self.source.spec.vfm_tokens), bool)
         for row, place in enumerate(places.tolist()):
             index, arrays, about = self._readable(place, corrupt)
             if row == 0:
@@ -332,6 +334,8 @@ class _Read:
                 out[used:] = 0
             used = min(len(arrays["subject_ids"]), R)
             batch["subject_ids"][row, :used] = arrays["subject_ids"][:used]
+            if MASK in batch:
+                batch[MASK][row, :used] = arrays[MASK][:used]
             batch["num_references"][row] = used
             batch["index"][row] = index
             ids.append(about["id"])

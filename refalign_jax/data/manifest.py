@@ -24,7 +24,7 @@ from etils import epath
 
 from refalign_jax.atomic import write_text
 from refalign_jax.config import FIELDS, Storage
-from refalign_jax.data.examples import Spec
+from refalign_jax.data.examples import MASK, Spec
 from refalign_jax.digests import digest_json
 
 MANIFEST = "manifest.json"
@@ -87,6 +87,8 @@ class Manifest:
     """Width of the text embeddings."""
     vfm_width: int = 0
     """E."""
+    subject_mask: bool = False
+    """Whether every example has a subject mask."""
     made: Mapping[str, Any]
     """How the dataset was made, as JSON: command, encoders, settings, versions, commit."""
     shards: tuple[Shard, ...] = ()
@@ -114,6 +116,7 @@ class Manifest:
             longest_text=max((n for shard in self.shards for n in shard.text_lengths), default=0),
             most_references=max((n for shard in self.shards for n in shard.references), default=0),
             storage=self.storage,
+            subject_mask=self.subject_mask,
         )
 
     def to_json(self) -> str:
@@ -126,7 +129,9 @@ class Manifest:
             "text": ["S", self.text_width],
             "vfm_features": ["R", self.spec.vfm_tokens, self.vfm_width],
         }
-        dtypes = {**dataclasses.asdict(self.storage), "subject_ids": "int32"}
+        if self.subject_mask:
+            shapes[MASK] = ["R", self.spec.vfm_tokens]
+        dtypes = {**dataclasses.asdict(self.storage), "subject_ids": "int32", MASK: "uint8"}
         head = {
             "format": FORMAT,
             "complete": self.complete,
@@ -175,6 +180,7 @@ class Manifest:
             video_latents=(F, H, W, C),
             text_width=shapes[1],
             vfm_width=shapes[2],
+            subject_mask=MASK in fields,
             made=made,
             shards=tuple(Shard(**shard) for shard in data["shards"]),
         )

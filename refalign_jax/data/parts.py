@@ -61,5 +61,5 @@ def join_parts(folder: epath.Path, parts: int) -> str:
 def _kind(manifest: Manifest) -> Any:
     """Returns everything in which the parts of one dataset agree."""
     settings = {**manifest.made["settings"], "part": None}
-    shape = (manifest.video_latents, manifest.text_width, manifest.vfm_width, manifest.storage)
+    shape = (manifest.video_latents, manifest.text_width, manifest.vfm_width, manifest.subject_mask, manifest.storage)
     return shape, settings, manifest.made["encoders"]

@@ -43,11 +43,13 @@ from refalign_jax.encoders.interface import FeatureEncoder
 from refalign_jax.encoders.open import Encoders, open_encoders, weights_digests
 from refalign_jax.locks import check_free
 from refalign_jax.provenance import about
-from refalign_jax.types import Float
+from refalign_jax.types import Bool, Float
 
 SKIPPED = "skipped.jsonl"
 NOT_FINITE = "the encoders gave NaN or infinity"
 UNREADABLE_RECORD = "the record can't be read"
+SHOWN_FROM = 0.1
+"""Share of a patch that its subject covers at least; a patch with less is blank."""
 INPUTS = "inputs"
 """Where an example's metadata has the digests of its files."""
 
@@ -188,8 +190,9 @@ def encode(clips: Sequence[Clip], encoders: Encoders) -> list[Example]:
     images = np.concatenate([clip.references for clip in clips])
     latents = encode_references(images, encoders.video)
     features = _features(images, encoders.vfm)
+    masks = subject_patches(np.concatenate([clip.subjects for clip in clips]), encoders.vfm.patch_size)
     ends = np.cumsum([len(clip.references) for clip in clips])[:-1]
-    parts = zip(clips, videos, texts, np.split(latents, ends), np.split(features, ends), strict=True)
+    parts = zip(clips, videos, texts, *(np.split(x, ends) for x in (latents, features, masks)), strict=True)
     return [
         Example(
             id=clip.record.id,
@@ -199,10 +202,19 @@ def encode(clips: Sequence[Clip], encoders: Encoders) -> list[Example]:
             subject_ids=clip.subject_ids,
             text=text,
             vfm_features=vfm_features,
+            subject_mask=subject_mask,
             metadata=clip.metadata,
         )
-        for clip, video, text, reference_latents, vfm_features in parts
+        for clip, video, text, reference_latents, vfm_features, subject_mask in parts
     ]
+
+
+def subject_patches(subjects: Bool[np.ndarray, "R h w"], patch_size: int) -> Bool[np.ndarray, "R P"]:
+    """Which patches show the subject: those of which it covers at least `SHOWN_FROM`; the others are blank."""
+    R, h, w = subjects.shape
+    rows, columns = h // patch_size, w // patch_size
+    shares = subjects.reshape(R, rows, patch_size, columns, patch_size).mean((2, 4))
+    return (shares >= SHOWN_FROM).reshape(R, rows * columns)
 
 
 def _features(images: UInt8[np.ndarray, "R h w 3"], vfm: FeatureEncoder) -> Float[np.ndarray, "R P E"]:

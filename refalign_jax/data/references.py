@@ -13,6 +13,7 @@ on white, so the white stays white.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -25,8 +26,23 @@ from refalign_jax.data.video import Box, cut_out, make_square, read_stored_frame
 from refalign_jax.encoders.interface import VideoCodec
 from refalign_jax.types import Bool, Float
 
+WHITE_FROM = 250
+"""Where no mask is given, pixels at least this bright in every channel show no subject; 255 is white."""
+
 _MARGIN = 2
 """White pixels around a cut-out while it is warped, so that its border is interpolated towards white."""
+
+
+class OnWhite(NamedTuple):
+    """A reference on its canvas.
+
+    Attributes:
+      pixels: RGB.
+      subject: true where the subject is.
+    """
+
+    pixels: UInt8[np.ndarray, "h w 3"]
+    subject: Bool[np.ndarray, "h w"]
 
 
 def load_reference(
@@ -36,7 +52,7 @@ def load_reference(
     *,
     augment: AugmentConfig | None = None,
     rng: np.random.Generator | None = None,
-) -> UInt8[np.ndarray, "h w 3"]:
+) -> OnWhite:
     """Reads a reference and puts it on white.
 
     Args:
@@ -47,7 +63,7 @@ def load_reference(
       rng: draws the augmentation; required with `augment`.
 
     Returns:
-      RGB.
+      Pixels and subject. Without a mask, the subject is what the image shows beside white.
 
     Raises:
       ValueError: a file can't be read, the mask has another size than the image or is empty, or a box reaches outside.
@@ -59,7 +75,10 @@ def load_reference(
         image, mask if mask is None or isinstance(mask, np.ndarray) else read_mask(mask), reference.box, str(path)
     )
     cut, inside = (make_square(part, aspect) for part in subject)
-    return put_on_white(cut, inside, height, width, augment if reference.own_clip else None, rng)
+    laid = put_on_white(cut, inside, height, width, augment if reference.own_clip else None, rng)
+    if mask is None:
+        laid = laid._replace(subject=laid.subject & (laid.pixels < WHITE_FROM).any(-1))
+    return laid
 
 
 def encode_references(images: UInt8[np.ndarray, "R h w 3"], codec: VideoCodec) -> Float[np.ndarray, "R H W C"]:
@@ -112,7 +131,7 @@ def put_on_white(
     width: int,
     augment: AugmentConfig | None = None,
     rng: np.random.Generator | None = None,
-) -> UInt8[np.ndarray, "h w 3"]:
+) -> OnWhite:
     """Fits a subject into a white canvas; arguments as `cut_subject` returns them and `load_reference` takes them."""
     if augment is not None:
         assert rng is not None, "augmentation needs a generator"
@@ -120,23 +139,47 @@ def put_on_white(
     cut = np.where(inside[..., None], cut, np.uint8(255))
     scale = min(height / cut.shape[0], width / cut.shape[1])
     size = (max(round(cut.shape[1] * scale), 1), max(round(cut.shape[0] * scale), 1))
-    fitted = Image.fromarray(cut).resize(size, Image.Resampling.BICUBIC)  # Lanczos would ring into the white
-    if augment is None:
-        canvas = Image.new("RGB", (width, height), (255, 255, 255))
-        canvas.paste(fitted, ((width - size[0]) // 2, (height - size[1]) // 2))
+    homography = None
+    if augment is not None:
+        assert rng is not None
+        corners = _MARGIN + np.array([(0, 0), (size[0], 0), (0, size[1]), size], np.float64)
+        homography = _homography(corners, height, width, augment, rng)
+    layers = (cut, (255, 255, 255)), (np.uint8(255) * inside, 0)  # Lanczos would ring into the white
+    fitted = [(Image.fromarray(layer).resize(size, Image.Resampling.BICUBIC), fill) for layer, fill in layers]
+    pixels, subject = (_lay(image, fill, height, width, homography) for image, fill in fitted)
+    return OnWhite(pixels, subject >= 128)
+
+
+def _lay(
+    fitted: Image.Image,
+    fill: int | tuple[int, int, int],
+    height: int,
+    width: int,
+    homography: Float[np.ndarray, "3 3"] | None,
+) -> UInt8[np.ndarray, "h w *channels"]:
+    """Lays an image on a canvas of one colour: in the middle, or where a map from its pixels, with a margin, puts it.
+
+    Args:
+      fitted: the image.
+      fill: colour of the canvas.
+      height: rows of the canvas.
+      width: columns of the canvas.
+      homography: the map; None for the middle.
+    """
+    if homography is None:
+        canvas = Image.new(fitted.mode, (width, height), fill)
+        canvas.paste(fitted, ((width - fitted.width) // 2, (height - fitted.height) // 2))
         return np.asarray(canvas)
-    assert rng is not None
-    framed = Image.new("RGB", (size[0] + 2 * _MARGIN, size[1] + 2 * _MARGIN), (255, 255, 255))
+    framed = Image.new(fitted.mode, (fitted.width + 2 * _MARGIN, fitted.height + 2 * _MARGIN), fill)
     framed.paste(fitted, (_MARGIN, _MARGIN))
-    corners = _MARGIN + np.array([(0, 0), (size[0], 0), (0, size[1]), size], np.float64)
-    inverse = np.linalg.inv(_homography(corners, height, width, augment, rng))
+    inverse = np.linalg.inv(homography)
     return np.asarray(
         framed.transform(
             (width, height),
             Image.Transform.PERSPECTIVE,
             tuple((inverse / inverse[2, 2]).reshape(-1)[:8].tolist()),
             Image.Resampling.BICUBIC,
-            fillcolor=(255, 255, 255),
+            fillcolor=fill,
         )
     )
 

@@ -166,6 +166,10 @@ class ShardWriter:
         """
         if example.id in self._ids:
             raise ValueError(f"Example {example.id} is in {self.folder} already; ids must be unique.")
+        if self._ids and not self.manifest.subject_mask:  # begun by an older version, or without masks
+            example = dataclasses.replace(example, subject_mask=None)
+        elif self._ids and example.subject_mask is None:
+            raise ValueError(f"Example {example.id} has no subject mask; the other examples of {self.folder} have one.")
         F, H, W, C = example.video_latents.shape
         given = ((F, H, W, C), example.text.shape[1], example.vfm_features.shape[2])
         expected = (self.manifest.video_latents, self.manifest.text_width, self.manifest.vfm_width)
@@ -176,7 +180,13 @@ class ShardWriter:
             )
         blob = encode(example, self.manifest.storage)
         shape, text, vfm = given
-        self.manifest = dataclasses.replace(self.manifest, video_latents=shape, text_width=text, vfm_width=vfm)
+        self.manifest = dataclasses.replace(
+            self.manifest,
+            video_latents=shape,
+            text_width=text,
+            vfm_width=vfm,
+            subject_mask=example.subject_mask is not None,
+        )
         if self._open is None:
             self._open = _OpenShard(self._next_path())
         self._open.write(blob, _entry(example, blob, inputs))

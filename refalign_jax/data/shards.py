@@ -13,7 +13,7 @@ from etils import epath
 from grain.sources import ArrayRecordDataSource
 
 from refalign_jax.atomic import first_line
-from refalign_jax.data.examples import parse
+from refalign_jax.data.examples import MASK, parse
 from refalign_jax.data.manifest import Shard, read_manifest
 
 WAN_FPS = 16.0
@@ -84,6 +84,8 @@ class ShardSource:
             shapes = (arrays["video_latents"].shape, arrays["text"].shape[1], arrays["vfm_features"].shape[2])
             if shapes != (self.spec.video_latents, self.spec.text_width, self.spec.vfm_width):
                 raise ValueError(f"its shapes {shapes} are not the manifest's")
+            if self.spec.subject_mask and MASK not in arrays:
+                raise ValueError("it has no subject mask, the manifest says that it has")
             if about["id"] != ids[place]:
                 raise ValueError(f"its id is {about['id']!r:.60}, the manifest has {ids[place]!r:.60} there")
         except (RuntimeError, ValueError, OSError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from refalign_jax.data.examples import Spec
+from refalign_jax.data.examples import MASK, Spec
 from refalign_jax.digests import digest_json
 
 _OFFSETS = 65_537
@@ -25,7 +25,7 @@ class SyntheticSource:
 
     Args:
       spec: number and shapes of the examples. Every example has `spec.longest_text` text tokens and
-        `spec.most_references` references, each a subject of its own.
+        `spec.most_references` references, each a subject of its own that fills the image.
       seed: seed of the pool.
     """
 
@@ -49,10 +49,13 @@ class SyntheticSource:
 
     def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Returns arrays and metadata in the form of `examples.parse`; the arrays are views of the pool."""
-        arrays: dict[str, np.ndarray] = {"subject_ids": np.arange(self.spec.most_references, dtype=np.int32)}
+        spec = self.spec
+        arrays: dict[str, np.ndarray] = {"subject_ids": np.arange(spec.most_references, dtype=np.int32)}
         for field, (name, shape) in enumerate(self._shapes.items()):
             start = (40_503 * (4 * index + field)) % _OFFSETS
             arrays[name] = self._pool[start : start + math.prod(shape)].reshape(shape)
+        if spec.subject_mask:
+            arrays[MASK] = np.ones((spec.most_references, spec.vfm_tokens), np.uint8)
         return arrays, {"id": f"synthetic-{index:08d}", "prompt": "", "metadata": {"synthetic": True}}
 
     def identity(self, count: int) -> str:

@@ -341,7 +341,9 @@ def draw(
     codec, (frames, rows, columns) = generator.codec, generator.size
     F, H, W, C = (frames - 1) // 4 + 1, rows // codec.stride, columns // codec.stride, codec.channels
     images = [
-        np.array([load_reference(r, rows, columns) for r in request.references], np.uint8).reshape(-1, rows, columns, 3)
+        np.array([load_reference(r, rows, columns).pixels for r in request.references], np.uint8).reshape(
+            -1, rows, columns, 3
+        )
         for request in requests
     ]
     references = np.zeros((len(requests), max(most_references, 1), H, W, C), np.float32)

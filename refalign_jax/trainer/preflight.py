@@ -70,6 +70,7 @@ def synthetic_spec(config: Config) -> Spec:
         vfm_width=config.model.alignment.vfm_width,
         longest_text=config.data.text_length,
         most_references=config.data.max_references,
+        subject_mask=True,
     )
 
 

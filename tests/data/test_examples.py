@@ -136,3 +136,13 @@ def test_blobs_that_are_no_example_are_refused():
     for bad in (b"", b"\x00" * 7, blob[:100], blob[:-1], b"\xff" * 64, save({"a": np.zeros(2)}), other):
         with pytest.raises(ValueError, match="not a prepared example"):
             parse(bad)
+
+
+def test_the_subject_mask_is_kept_and_may_be_missing():
+    assert decode(encode(make(), FLOAT32)).subject_mask is None
+    mask = np.arange(12).reshape(2, 6) % 3 > 0
+    back = decode(encode(make(subject_mask=mask), FLOAT32)).subject_mask
+    assert back.dtype == bool
+    np.testing.assert_array_equal(back, mask)
+    with pytest.raises(ValueError, match=r"subject_mask has shape \(2, 5\); it must be \[R=2, P=6\]"):
+        make(subject_mask=mask[:, :5])

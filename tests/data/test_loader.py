@@ -421,3 +421,17 @@ def test_leaving_without_close_is_silent(tmp_path):
     script.write_text(WORKERS + "    batch = next(loader)\n    raise SystemExit(3)\n")
     done = subprocess.run([sys.executable, script], env=environment(), capture_output=True, text=True, timeout=180)
     assert (done.returncode, done.stderr) == (3, "")
+
+
+def test_subject_masks_are_padded_with_false(tmp_path):
+    masks = [np.random.default_rng(i).random((i % 4, 6)) < 0.5 for i in range(4)]
+    with ShardWriter(tmp_path / "d", storage=FLOAT32, made={}) as writer:
+        for i, mask in enumerate(masks):
+            writer.add(make(i, references=i % 4, subject_mask=mask))
+    config = DataConfig(batch_size=4, max_references=2)
+    (batch,) = take(make_loader(config, ShardSource(tmp_path / "d")), 1)
+    assert batch["subject_mask"].shape == (4, 2, 6)
+    for row, index in enumerate(batch["index"]):
+        used = min(index % 4, 2)
+        np.testing.assert_array_equal(batch["subject_mask"][row, :used], masks[index][:used])
+        assert not batch["subject_mask"][row, used:].any()

@@ -94,6 +94,10 @@ def test_records_become_examples(tmp_path):
     reference = codec.decode(parsed[1][0]["reference_latents"][1][None, None])[0, 0]
     assert np.abs(reference[:, :18] - 1).max() < 0.01  # the mask is 60x30, fitted to 48x24 of 48x64
     assert reference[:, 24:40].mean() < 0.5
+    patches = parsed[1][0]["subject_mask"][1].reshape(6, 8)
+    assert patches[:, 3:5].all()
+    assert not patches[:, [0, 1, 6, 7]].any()
+    assert parsed[2][0]["subject_mask"].shape == (0, 48)
 
 
 def test_the_loader_reads_it(tmp_path):

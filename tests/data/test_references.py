@@ -4,10 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+from PIL import Image
 from support.footage import photograph
 
 from refalign_jax.config import AugmentConfig
-from refalign_jax.data.references import cut_subject, put_on_white
+from refalign_jax.data.records import Reference
+from refalign_jax.data.references import cut_subject, load_reference, put_on_white
 
 STILL = AugmentConfig(
     flip=0,
@@ -23,7 +25,7 @@ STILL = AugmentConfig(
 
 
 def on_white(image, height, width, *, mask=None, box=None, augment=None, rng=None, what="the image"):
-    return put_on_white(*cut_subject(image, mask, box, what), height, width, augment, rng)
+    return put_on_white(*cut_subject(image, mask, box, what), height, width, augment, rng).pixels
 
 
 def block(height=40, width=60, colour=(200, 30, 60)):
@@ -188,3 +190,35 @@ def test_brightness_and_colour_leave_the_white_alone():
 def test_ranges_that_make_no_sense(changes, message):
     with pytest.raises(ValueError, match=message):
         AugmentConfig(**changes)
+
+
+def test_where_the_subject_is_on_the_canvas():
+    mask = np.zeros((40, 60), bool)
+    mask[10:30, 10:30] = True
+    mask[20:30, 20:30] = False
+    laid = put_on_white(*cut_subject(block(), mask, None), 64, 96)
+    assert extent(laid.pixels) == (0, 64, 16, 80)
+    expected = np.zeros((64, 96), bool)
+    expected[:, 16:80] = True
+    expected[32:, 48:] = False
+    assert (laid.subject != expected).mean() < 0.01
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        turned = put_on_white(*cut_subject(block(), mask, None), 64, 96, AugmentConfig(), rng)
+        dark = (turned.pixels < 200).any(-1)
+        assert (turned.subject != dark).mean() < 0.02  # mask and pixels are warped alike
+        assert 0.1 < turned.subject.mean() < 0.9
+
+
+def test_without_a_mask_the_subject_is_what_is_not_white(tmp_path):
+    image = np.full((64, 96, 3), 255, np.uint8)
+    image[16:48, 32:64] = (200, 30, 60)
+    image[20:30, 40:50] = 252  # as JPEG might leave it
+    Image.fromarray(image).save(tmp_path / "image.png")
+    laid = load_reference(Reference(path=tmp_path / "image.png"), 64, 96)
+    np.testing.assert_array_equal(laid.pixels, image)
+    np.testing.assert_array_equal(laid.subject, (image < 250).any(-1))
+    mask = np.zeros((64, 96), bool)
+    mask[:20] = True
+    white = load_reference(Reference(path=tmp_path / "image.png", mask=mask, box=(0, 0, 96, 64)), 64, 96)
+    np.testing.assert_array_equal(white.subject, mask)  # a mask counts, whatever the colour

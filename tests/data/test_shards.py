@@ -328,3 +328,20 @@ def accepted(path, texts):
             messages.append(str(error))
     assert all("\n" not in message and MANIFEST in message for message in messages)
     return found
+
+
+def test_masks_are_in_all_examples_or_in_none(tmp_path):
+    mask = np.ones((2, 6), bool)
+    with ShardWriter(tmp_path / "masks", storage=FLOAT32, made={}) as writer:
+        writer.add(make(0, subject_mask=mask))
+        with pytest.raises(ValueError, match=r"e1 has no subject mask; the other examples of .* have one"):
+            writer.add(make(1))
+    assert ShardSource(tmp_path / "masks").spec.subject_mask
+    with ShardWriter(tmp_path / "none", storage=FLOAT32, made={}) as writer:
+        writer.add(make(0))
+    with ShardWriter(tmp_path / "none", storage=FLOAT32, made={}) as writer:  # a dataset of an older version grows
+        writer.add(make(1, subject_mask=mask))
+    source = ShardSource(tmp_path / "none")
+    assert not source.spec.subject_mask
+    assert len(source) == 2
+    assert not any("subject_mask" in source[i][0] for i in range(2))
