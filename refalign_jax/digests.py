@@ -13,7 +13,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -96,6 +96,30 @@ class Digests:
             quiet = time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) > _RACY_NS
             if quiet and _state(os.fstat(file.fileno())) == state:
                 self._remember(name, state, digest)
+        return digest
+
+    def part(self, name: str, places: Sequence[str], read: Callable[[], bytes]) -> str:
+        """Digest of bytes that lie within files, hexadecimal; read again only where these files have changed.
+
+        Args:
+          name: identifies the bytes.
+          places: the files, local ones.
+          read: reads the bytes.
+
+        Raises:
+          ValueError: a file does not exist, or `read` raises it.
+        """
+        try:
+            states = [_state(os.stat(place)) for place in places]
+        except OSError as error:
+            raise ValueError(f"{error.filename} can't be read: {error.strerror}.") from error
+        state = [sum(column) for column in zip(*states, strict=True)]
+        known = self._known.get(name)
+        if known is not None and known[0] == state:
+            return known[1]
+        digest = hashlib.sha256(read()).hexdigest()
+        if time.time_ns() - max(max(state[1:3]) for state in states) > _RACY_NS:
+            self._remember(name, state, digest)
         return digest
 
     def _remote(self, name: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 
 from refalign_jax.command import run
-from refalign_jax.data.clips import resize_and_crop
+from refalign_jax.data.clip_frames import resize_and_crop
 from refalign_jax.data.video import probe, read_frames, to_float
 from refalign_jax.models import vae
 from refalign_jax.models.streaming import Tiling

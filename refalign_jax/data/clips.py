@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
+from refalign_jax.atomic import first_line
 from refalign_jax.config import PrepareConfig
-from refalign_jax.data.records import Record, Skipped, random_of, subject_ids
+from refalign_jax.data.clip_frames import Selection, Still, Wish, read_clip
+from refalign_jax.data.inputs import read_inputs
+from refalign_jax.data.records import Entry, Record, Reference, Skipped, random_of, subject_ids
 from refalign_jax.data.references import load_reference
-from refalign_jax.data.video import TICK, probe, read_frames
+from refalign_jax.data.video import TICK, VideoInfo
+from refalign_jax.digests import Digests
 from refalign_jax.types import Bool, Float, Int
 
+UNREADABLE_RECORD = "the record can't be read"
+INPUTS = "inputs"
+"""Where an example's metadata has the digests of its files."""
 UNREADABLE_VIDEO = "the video can't be read"
 UNREADABLE_REFERENCE = "a reference can't be read"
 
@@ -33,6 +40,34 @@ class Clip:
     """int32."""
     metadata: Mapping[str, Any]
     """JSON: the record's, and frame rate, frame numbers and subjects."""
+    inputs: str = ""
+    """Digest of everything that it was read from; empty where that was not asked for."""
+
+
+def load_record(record: Record | Skipped | Entry, config: PrepareConfig, digests: Digests) -> Clip | Skipped:
+    """Reads one record and digests its files: the step of preparation that needs no encoder.
+
+    The result depends on the record, its files and `config.seed` alone, whatever process reads it. Records, entries
+    and clips can be pickled.
+
+    Args:
+      record: what a source yields.
+      config: sizes and settings.
+      digests: of the dataset's folder; each process makes its own.
+
+    Returns:
+      The clip, or why it is left out; whatever goes wrong leaves out this record alone.
+    """
+    try:
+        found = record if isinstance(record, Record | Skipped) else record.read()
+        clip = found if isinstance(found, Skipped) else load_clip(found, config)
+        if isinstance(clip, Skipped):
+            return clip
+        inputs = read_inputs(clip.record, config.max_references, digests)
+    except Exception as error:  # a fault in one file must not end a run of days
+        return Skipped(id=record.id, reason=UNREADABLE_RECORD, detail=f"{type(error).__name__}: {first_line(error)}.")
+    metadata = {**clip.metadata, INPUTS: dict(inputs.files)}
+    return dataclasses.replace(clip, metadata=metadata, inputs=inputs.digest)
 
 
 def load_clip(record: Record, config: PrepareConfig) -> Clip | Skipped:
@@ -44,39 +79,62 @@ def load_clip(record: Record, config: PrepareConfig) -> Clip | Skipped:
       The clip, or the reason why it can't be used: a file can't be read, or the clip has too few frames.
     """
     rng = random_of(record.id, config.seed)
-    try:
-        first, end = record.frames or (0, None)
-        info = probe(record.video, end)
+    begun = copy.deepcopy(rng.bit_generator.state)
+    first, end = record.frames or (0, None)
+    used = record.references[: config.max_references]
+
+    def choose(info: VideoInfo) -> Int[np.ndarray, " T"] | None:
+        rng.bit_generator.state = begun
         times = info.times[first:]
-        chosen = (
-            choose_by_time(times, config.num_frames, config.fps, rng)
-            if config.fps
-            else choose_frames(len(times) - 1, config.num_frames, config.stride, rng)
-        )
-        if chosen is None:
-            return _too_short(record, times, config)
-        video = read_frames(record.video, chosen + first, record.crop)
+        if config.fps:
+            chosen = choose_by_time(times, config.num_frames, config.fps, rng)
+        else:
+            chosen = choose_frames(len(times) - 1, config.num_frames, config.stride, rng)
+        return None if chosen is None else chosen + first
+
+    size = (config.height, config.width)
+    own = [r.frame for r in used if r.path == record.video and isinstance(r.frame, int)]
+    wish = Wish(choose=choose, height=size[0], width=size[1], crop=record.crop, end=end, stills=own)
+    try:
+        read = read_clip(record.video, wish)
     except ValueError as error:
         return Skipped(id=record.id, reason=UNREADABLE_VIDEO, detail=str(error))
-    used = record.references[: config.max_references]
-    size = (config.height, config.width)
+    times, chosen = read.info.times[first:], read.numbers
+    if chosen is None:
+        return _too_short(record, times, config)
     try:
-        references = [load_reference(reference, *size, augment=config.augment, rng=rng) for reference in used]
+        references = [
+            load_reference(
+                reference,
+                *size,
+                augment=config.augment,
+                rng=rng,
+                still=_still(reference, record, read),
+            )
+            for reference in used
+        ]
     except ValueError as error:
         return Skipped(id=record.id, reason=UNREADABLE_REFERENCE, detail=str(error))
     return Clip(
         record=record,
-        video=resize_and_crop(video, *size),
+        video=read.frames,
         references=np.array([r.pixels for r in references], np.uint8).reshape(-1, *size, 3),
         subjects=np.array([r.subject for r in references], bool).reshape(-1, *size),
         subject_ids=subject_ids(used),
         metadata={
             **record.metadata,
-            "fps": config.fps or _rate(times, chosen, info.fps, config.stride),
-            "frames": (chosen + first).tolist(),
+            "fps": config.fps or _rate(times, chosen - first, read.info.fps, config.stride),
+            "frames": chosen.tolist(),
             "subjects": [reference.subject for reference in used],
-        },
+        }
+        | ({"dropped": [dataclasses.asdict(entry) for entry in record.dropped]} if record.dropped else {}),
     )
+
+
+def _still(reference: Reference, record: Record, read: Selection) -> Still | None:
+    """The frame that a reference is cut from, if it was read with the clip."""
+    own = reference.path == record.video and isinstance(reference.frame, int)
+    return read.stills.get(int(reference.frame or 0)) if own else None
 
 
 def _too_short(record: Record, times: Float[np.ndarray, " N+1"], config: PrepareConfig) -> Skipped:
@@ -151,15 +209,3 @@ def choose_frames(
     if available < span:
         return np.linspace(0, available - 1, num_frames).round().astype(np.int64)
     return rng.integers(available - span + 1) + stride * np.arange(num_frames)
-
-
-def resize_and_crop(frames: UInt8[np.ndarray, "T a b 3"], height: int, width: int) -> UInt8[np.ndarray, "T h w 3"]:
-    """Scales frames, keeping their aspect, to the smallest size that covers height x width, and crops the centre."""
-    rows, columns = frames.shape[1:3]
-    if (rows, columns) == (height, width):
-        return frames
-    scale = max(height / rows, width / columns)
-    left, top = max((columns - width / scale) / 2, 0), max((rows - height / scale) / 2, 0)
-    box = (left, top, columns - left, rows - top)
-    resized = (Image.fromarray(f).resize((width, height), Image.Resampling.LANCZOS, box) for f in frames)
-    return np.stack([np.asarray(image) for image in resized])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ from av.stream import Disposition
 
 from refalign_jax.data.files import check_file
 from refalign_jax.data.matroska import check_matroska
+from refalign_jax.data.stored import Stored
+
+VideoFile = str | os.PathLike[str] | Stored
+"""A video: a path, or one that lies at a URL or within an archive."""
 
 MOST_PIXELS = 1 << 26
 """Pixels of a frame, 8192x8192; decoders of larger ones are not started."""
@@ -28,16 +33,20 @@ _DOLBY = ("dvh1", "dvhe", "dav1")
 
 
 @contextlib.contextmanager
-def open_video(path: str | os.PathLike[str]) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def open_video(path: VideoFile) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """Opens a file and its first video stream that is no cover picture.
 
     Raises:
       ValueError: no such file, one that FFmpeg can't open or decode, without video, or with too large frames.
     """
-    check_file(path, "a video")
+    if isinstance(path, Stored):
+        place: str | io.BytesIO = io.BytesIO(path.read())
+    else:
+        check_file(path, "a video")
+        place = f"file:{os.fspath(path)}"
     try:
         # Metadata is not always UTF-8.
-        with av.open(f"file:{os.fspath(path)}", metadata_errors="replace") as container:
+        with av.open(place, "r", metadata_errors="replace") as container:
             streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not streams:
                 raise ValueError(f"{path} has no video stream.")
@@ -59,9 +68,7 @@ def open_video(path: str | os.PathLike[str]) -> Iterator[tuple[av.container.Inpu
         raise ValueError(f"{path} can't be decoded: {error.strerror or error}.") from error
 
 
-def decode(
-    path: str | os.PathLike[str], container: av.container.InputContainer, stream: av.VideoStream
-) -> Iterator[av.VideoFrame]:
+def decode(path: VideoFile, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame]:
     """Yields the frames that are shown, in their order.
 
     Decoding starts at the first key frame. Frames shown before it belong to a group whose start was cut off. A file
@@ -97,16 +104,17 @@ def decode(
             yield frame
 
 
-def check_end(path: str | os.PathLike[str], container: av.container.InputContainer, stream: av.VideoStream) -> None:
+def check_end(path: VideoFile, container: av.container.InputContainer, stream: av.VideoStream) -> None:
     """Checks that a file reaches as far as its index says and, for Matroska, that it is whole.
 
     Raises:
       ValueError: the file is truncated or damaged.
     """
-    size = Path(path).stat().st_size
+    size = len(path.read()) if isinstance(path, Stored) else Path(path).stat().st_size
     ends = [entry.pos + entry.size for entry in stream.index_entries if not entry.is_discard]
     there = sum(end <= size for end in ends)
     if there < len(ends):
         raise ValueError(f"{path} is truncated: {there} of {len(ends)} frames are there.")
     if "matroska" in container.format.name:
-        check_matroska(Path(path))
+        with io.BytesIO(path.read()) if isinstance(path, Stored) else open(path, "rb") as file:
+            check_matroska(file, size, path)

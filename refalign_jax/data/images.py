@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import struct
 from collections.abc import Iterator
@@ -12,7 +13,11 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from refalign_jax.data.files import check_file
+from refalign_jax.data.stored import Stored
 from refalign_jax.types import Bool
+
+ImageFile = str | os.PathLike[str] | Stored
+"""An image: a path, or one that lies at a URL or within an archive."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF", "JPEG2000")
 """The formats that are read; Pillow decodes them in this process, whereas an EPS would start Ghostscript."""
@@ -35,11 +40,12 @@ _FAULTS = (
 
 
 @contextlib.contextmanager
-def _image(path: str | os.PathLike[str], what: str) -> Iterator[tuple[Image.Image, str]]:
+def _image(path: ImageFile, what: str) -> Iterator[tuple[Image.Image, str]]:
     """Opens an image and turns it upright by its EXIF; yields it and its format. Faults become one sentence."""
-    check_file(path, what)
+    if not isinstance(path, Stored):
+        check_file(path, what)
     try:
-        with Image.open(path, formats=FORMATS) as file:
+        with Image.open(io.BytesIO(path.read()) if isinstance(path, Stored) else path, formats=FORMATS) as file:
             yield ImageOps.exif_transpose(file), str(file.format)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not {what} in a format that is read: {', '.join(FORMATS)}.") from error
@@ -50,7 +56,7 @@ def _image(path: str | os.PathLike[str], what: str) -> Iterator[tuple[Image.Imag
         raise ValueError(f"{path} can't be read as {what}: {str(error).rstrip('.')}.") from error
 
 
-def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "h w 3"]:
+def read_image(path: ImageFile) -> UInt8[np.ndarray, "h w 3"]:
     """Reads the first picture of an image file, turned upright by its EXIF; transparent pixels become white.
 
     Greys of 16 bits lie in [0, 65535], and so do all of a PGM of more than 8 bits. Other whole greys lie in [0, 255]
@@ -86,7 +92,7 @@ def _to_bytes(greys: np.ndarray, sixteen_bits: bool) -> UInt8[np.ndarray, "h w"]
     return np.rint(greys.astype(np.float64) * (255 / top)).astype(np.uint8)
 
 
-def read_mask(path: str | os.PathLike[str]) -> Bool[np.ndarray, "h w"]:
+def read_mask(path: ImageFile) -> Bool[np.ndarray, "h w"]:
     """Reads a mask, true on the subject.
 
     The subject is the pixels at least half as bright as the brightest one or, where opacity varies, half as opaque as

@@ -6,19 +6,20 @@ matter: what was moved or renamed is the same.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from refalign_jax.data.manifest import Manifest
-from refalign_jax.data.records import Record
+from refalign_jax.data.records import Entry, Record, RunLengths, Skipped
+from refalign_jax.data.stored import File, Stored, is_url
+from refalign_jax.data.threads import in_order
 from refalign_jax.digests import Digests, digest_json
 
 
@@ -37,12 +38,12 @@ class Inputs:
         return digest_json([dict(self.files), self.rest])[:32]
 
 
-def files_of(record: Record, max_references: int) -> dict[str, Path]:
+def files_of(record: Record, max_references: int) -> dict[str, File]:
     """The files of a record by their role, as in `Inputs.files`."""
-    files = {"video": record.video}
+    files: dict[str, File] = {"video": record.video}
     for number, reference in enumerate(record.references[:max_references]):
         files[f"references[{number}]"] = reference.path
-        if reference.mask is not None and not isinstance(reference.mask, np.ndarray):
+        if reference.mask is not None and not isinstance(reference.mask, np.ndarray | RunLengths):
             files[f"references[{number}].mask"] = reference.mask
     return files
 
@@ -59,16 +60,33 @@ def read_inputs(record: Record, max_references: int, digests: Digests) -> Inputs
       ValueError: a file does not exist or is no regular file.
       OSError: a file can't be read.
     """
-    files = {role: digests.file(path) for role, path in files_of(record, max_references).items()}
+    files = {role: _digest(file, digests) for role, file in files_of(record, max_references).items()}
     references = [
         {
-            name: digest_array(value) if isinstance(value, np.ndarray) else value
+            name: _as_json(value)
             for name, value in vars(reference).items()
-            if name != "path" and not isinstance(value, os.PathLike)
+            if name != "path" and not isinstance(value, os.PathLike) and not (name == "box_size" and value is None)
         }
         for reference in record.references[:max_references]
     ]
     return Inputs(files=files, rest=[record.prompt, record.crop, record.frames, references])
+
+
+def _digest(file: File, digests: Digests) -> str:
+    """Digests a file, wherever it is."""
+    if not isinstance(file, Stored):
+        return digests.file(file)
+    places = [place for place, _, _ in file.pieces]
+    if any(map(is_url, places)):
+        return hashlib.sha256(file.read()).hexdigest()
+    return digests.part(repr(file.pieces), places, file.read)
+
+
+def _as_json(value: Any) -> Any:
+    """A field of a reference as JSON; what is long becomes its digest."""
+    if isinstance(value, np.ndarray):
+        return digest_array(value)
+    return [*value.size, value.counts] if isinstance(value, RunLengths) else value
 
 
 def digest_array(values: np.ndarray) -> str:
@@ -88,6 +106,8 @@ class Comparison:
     """Number of examples that have no digest, because an older version made them; they are kept."""
     others: int
     """Number of examples of records that this run does not have; they are kept."""
+    remote: int
+    """Number of examples whose files are at URLs, which are not read again to compare them; they are kept."""
 
     def __str__(self) -> str:
         """Clauses on what is kept without being known to be up to date; empty where there is none."""
@@ -95,13 +115,18 @@ class Comparison:
             (self.gone, "whose files are gone"),
             (self.unknown, "without digests, as older versions made them"),
             (self.others, "of other records"),
+            (self.remote, "whose files are at URLs"),
         )
         found = [f"{count} {words}" for count, words in clauses if count]
         return f" Kept unchecked: {', '.join(found)}." if found else ""
 
 
 def compare(
-    manifest: Manifest, records: Sequence[Record], max_references: int, digests: Digests, workers: int
+    manifest: Manifest,
+    records: Iterable[Record | Skipped | Entry],
+    max_references: int,
+    digests: Digests,
+    workers: int,
 ) -> Comparison:
     """Compares the finished examples of a dataset with the records as they are now.
 
@@ -117,22 +142,40 @@ def compare(
         for shard in manifest.shards
         for id, digest in zip(shard.ids, shard.inputs or [""] * len(shard.ids), strict=True)
     }
-    known = [record for record in records if before.get(record.id)]
+    others, changed, counts = set(before), set(), collections.Counter[str]()
 
-    def look(record: Record) -> str | None:
+    def known() -> Iterator[Record | Entry]:
+        for record in records if before else ():
+            others.discard(record.id)
+            if before.get(record.id) and not isinstance(record, Skipped):
+                yield record
+
+    def look(record: Record | Entry) -> tuple[str, str]:
         try:
-            return read_inputs(record, max_references, digests).digest
+            found = record if isinstance(record, Record) else record.read()
+            if isinstance(found, Skipped):
+                return record.id, "gone"
+            files = files_of(found, max_references).values()
+            if any(isinstance(file, Stored) and any(is_url(place) for place, _, _ in file.pieces) for file in files):
+                return record.id, "remote"
+            digest = read_inputs(found, max_references, digests).digest
         except (ValueError, OSError):
-            return None
+            return record.id, "gone"
+        return record.id, "" if digest == before[record.id] else "changed"
 
-    with ThreadPoolExecutor(workers) as pool:
-        now = list(tqdm(pool.map(look, known), total=len(known), desc="compare inputs", unit="record", delay=5))
-    changed = {record.id for record, digest in zip(known, now, strict=True) if digest and digest != before[record.id]}
+    bar = tqdm(total=len(before), desc="compare inputs", unit="record", delay=5)
+    for id, state in in_order(look, known(), workers, 4 * workers):
+        bar.update()
+        counts[state] += 1
+        if state == "changed":
+            changed.add(id)
+    bar.close()
     return Comparison(
         changed=frozenset(changed),
-        gone=now.count(None),
+        gone=counts["gone"],
         unknown=sum(not digest for digest in before.values()),
-        others=len(before.keys() - {record.id for record in records}),
+        others=len(others),
+        remote=counts["remote"],
     )
 
 

@@ -6,7 +6,6 @@ The elements of EBML (RFC 8794) are walked down to the blocks of RFC 9559; none 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO
 
 _SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675
@@ -37,19 +36,22 @@ _BLOCKS = {
 """What a cluster holds beside void and CRC-32."""
 
 
-def check_matroska(path: Path) -> None:
+def check_matroska(file: BinaryIO, size: int, path: object) -> None:
     """Checks that the elements of a file follow each other without a gap up to its end.
+
+    Args:
+      file: the file, opened.
+      size: its number of bytes.
+      path: its name, for messages.
 
     Raises:
       ValueError: an element is unknown, or reaches beyond the file's end.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        for place, kind, end in _elements(file, size):
-            if kind not in _TOP and kind not in _BLOCKS and kind != _SEGMENT:
-                raise ValueError(f"{path} is damaged at byte {place}.")
-            if end is not None and end > size:
-                raise ValueError(f"{path} is truncated: {size} of at least {end} bytes are there.")
+    for place, kind, end in _elements(file, size):
+        if kind not in _TOP and kind not in _BLOCKS and kind != _SEGMENT:
+            raise ValueError(f"{path} is damaged at byte {place}.")
+        if end is not None and end > size:
+            raise ValueError(f"{path} is truncated: {size} of at least {end} bytes are there.")
 
 
 def _elements(file: BinaryIO, size: int) -> Iterator[tuple[int, int, int | None]]:

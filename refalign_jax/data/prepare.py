@@ -15,47 +15,41 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
+import itertools
 import json
+import operator
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 from etils import epath
-from jaxtyping import UInt8
 from tqdm import tqdm
 
-from refalign_jax.atomic import first_line, write_text
-from refalign_jax.config import MAX_TEXT_LENGTH, PrepareConfig
-from refalign_jax.data.clips import Clip, load_clip
+from refalign_jax.config import MAX_TEXT_LENGTH, AugmentConfig, PrepareConfig
+from refalign_jax.data.clips import INPUTS, Clip, load_record
+from refalign_jax.data.encode import encode_clips
 from refalign_jax.data.examples import Example
-from refalign_jax.data.inputs import Inputs, changed_files, compare, read_inputs
+from refalign_jax.data.inputs import changed_files, compare
 from refalign_jax.data.manifest import MANIFEST, read_manifest
 from refalign_jax.data.parts import join_parts, part_name
-from refalign_jax.data.records import Record, Skipped
-from refalign_jax.data.references import encode_references
+from refalign_jax.data.records import Entry, Record, Records, Skipped
 from refalign_jax.data.shard_writer import ShardWriter
-from refalign_jax.data.video import to_float
+from refalign_jax.data.skips import SkipLog
+from refalign_jax.data.threads import in_order
 from refalign_jax.digests import Digests
-from refalign_jax.encoders.interface import FeatureEncoder
 from refalign_jax.encoders.open import Encoders, open_encoders, weights_digests
 from refalign_jax.locks import check_free
 from refalign_jax.provenance import about
-from refalign_jax.types import Bool, Float
 
-SKIPPED = "skipped.jsonl"
-NOT_FINITE = "the encoders gave NaN or infinity"
-UNREADABLE_RECORD = "the record can't be read"
-SHOWN_FROM = 0.1
-"""Share of a patch that its subject covers at least; a patch with less is blank."""
-INPUTS = "inputs"
-"""Where an example's metadata has the digests of its files."""
+REPEATED = "another record has its id"
+_OLDER = {"fps": 0.0}
+"""Settings that manifests did not have at first, and what held then."""
 
 
 def prepare(
-    records: Sequence[Record | Skipped],
+    records: Records,
     folder: str | os.PathLike[str],
     config: PrepareConfig,
     source: Mapping[str, Any],
@@ -63,74 +57,106 @@ def prepare(
     """Prepares records into a dataset, and continues where an earlier run stopped.
 
     Args:
-      records: what a source yields.
+      records: what a source yields. Records are taken one after the other and not kept; where the folder has finished
+        examples, they are iterated over twice.
       folder: the dataset's folder, local or `gs://`.
       config: encoders, sizes and settings.
-      source: JSON on the source, for the manifest.
+      source: JSON on the source, for the manifest; `settings` in it decide what becomes of a record.
 
     Returns:
       A sentence with the counts.
 
     Raises:
       ValueError: the folder is in use, was begun with other settings or holds examples whose inputs have changed, the
-        encoders don't fit, two records have one id, or no record became an example.
+        encoders don't fit, two records of a list have one id, or no record became an example.
       OSError: the folder can't be written; finished shards are kept.
     """
     index, parts = config.part
     whole = epath.Path(folder)
     place = whole / part_name(index, parts) if parts > 1 else whole
-    mine = records[index - 1 :: parts]
-    _check_ids(mine)
+    mine = _Part(records, index, parts)
+    if isinstance(records, Sequence):
+        _check_ids(mine)
     check_free(place, "tools/prepare.py")
-    _check_settings(place, config)
+    _check_settings(place, config, source)
     encoders = open_encoders(config)
     with contextlib.ExitStack() as stack:
         digests = stack.enter_context(Digests(place))
         made = _describe(config, source, encoders, digests)
         size = config.examples_per_shard
         writer = stack.enter_context(ShardWriter(place, storage=config.storage, made=made, examples_per_shard=size))
-        _check_settings(place, config)  # another process may have begun it since
-        run = _Run(config=config, encoders=encoders, digests=digests)
+        _check_settings(place, config, source)  # another process may have begun it since
+        run = _Run(config=config, encoders=encoders, digests=digests, skips=stack.enter_context(SkipLog(place)))
         kept = _drop_changed(mine, writer, run)
-        before = len(writer.done)
-        todo = [record for record in mine if record.id not in writer.done]
-        try:
-            with tqdm(total=len(mine), initial=len(mine) - len(todo), unit="record", desc="prepare") as bar:
-                for example in _examples(todo, run, bar):
-                    writer.add(example, run.inputs[example.id].digest)
-            new = len(todo) - len(run.skipped)
-            if not new and not before and parts == 1:
-                raise ValueError(_nothing_left(run.skipped, place))
-        finally:
-            lines = [json.dumps(dataclasses.asdict(entry), ensure_ascii=False) for entry in run.skipped]
-            write_text(place / SKIPPED, "".join(f"{line}\n" for line in lines))
-    notes = f"{_counts(run.skipped)}.{kept}{run.cut_prompts()}"
+        done, new = writer.done, 0
+        with tqdm(total=operator.length_hint(mine) or None, unit="record", desc="prepare") as bar:
+            for example, inputs in _examples(_todo(mine, done, bar), run, bar):
+                writer.add(example, inputs)
+                new += 1
+            bar.total = bar.n  # it may have been an estimate
+        if not new and not done and parts == 1:
+            first = f" The first: {run.skips.first.detail}" if run.skips.first and run.skips.first.detail else ""
+            raise ValueError(f"No record became an example in {place}: {run.skips}.{first}")
+    notes = f"{run.skips}.{kept}{run.cut_prompts()}{run.lost_references()}"
     joined = f" {join_parts(whole, parts)}" if parts > 1 else ""
-    return f"{before + new} examples are in {place}, {new} of them new; {notes}{joined}"
+    return f"{len(done) + new} examples are in {place}, {new} of them new; {notes}{joined}"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """Every n-th record of a source."""
+
+    records: Records
+    index: int
+    parts: int
+
+    def __iter__(self) -> Iterator[Record | Skipped | Entry]:
+        return itertools.islice(iter(self.records), self.index - 1, None, self.parts)
+
+    def __length_hint__(self) -> int:
+        return max(operator.length_hint(self.records) - self.index + self.parts, 0) // self.parts
+
+
+@dataclasses.dataclass(kw_only=True)
 class _Run:
     """What a run of `prepare` works with, and what it notes on the way."""
 
     config: PrepareConfig
     encoders: Encoders
     digests: Digests
-    skipped: list[Skipped] = dataclasses.field(default_factory=list)
+    skips: SkipLog
     """Records that were left out."""
-    inputs: dict[str, Inputs] = dataclasses.field(default_factory=dict)
-    """What each example is made of, by its id."""
-    cut: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Tokens that a prompt lost, by the example's id."""
+    cut: int = 0
+    """Number of prompts that were cut."""
+    most_cut: tuple[int, str] = (0, "")
+    """Tokens that a prompt lost at most, and the example's id."""
 
     def cut_prompts(self) -> str:
         """Returns a sentence on the prompts that were cut; empty where there is none."""
         if not self.cut:
             return ""
-        most = max(self.cut, key=lambda id: self.cut[id])
-        return (
-            f" Cut at {MAX_TEXT_LENGTH} tokens: {len(self.cut)} prompts, the longest, of {most}, by {self.cut[most]}."
-        )
+        most, id = self.most_cut
+        return f" Cut at {MAX_TEXT_LENGTH} tokens: {self.cut} prompts, the longest, of {id}, by {most}."
+
+    def lost_references(self) -> str:
+        """Returns a sentence on the references that were left out of examples; empty where there is none."""
+        lost = self.skips.references.most_common()
+        return f" References left out: {', '.join(f'{count} {reason}' for reason, count in lost)}." if lost else ""
+
+
+def _todo(records: _Part, done: frozenset[str], bar: tqdm) -> Iterator[Record | Skipped | Entry]:
+    """Yields the records that are not done yet; one whose id was seen before is left out."""
+    seen: set[int] = set()  # 64 bits of a hash in place of the id, since there may be millions
+    for record in records:
+        key = int.from_bytes(hashlib.blake2b(record.id.encode("utf-8", "replace"), digest_size=8).digest())
+        if key in seen:
+            yield Skipped(id=record.id, reason=REPEATED)
+        elif record.id in done:
+            bar.initial += 1  # so that it does not count in the rate
+            bar.update()
+        else:
+            yield record
+        seen.add(key)
 
 
 def _describe(config: PrepareConfig, source: Mapping[str, Any], encoders: Encoders, digests: Digests) -> dict[str, Any]:
@@ -144,7 +170,7 @@ def _describe(config: PrepareConfig, source: Mapping[str, Any], encoders: Encode
     return made
 
 
-def _check_ids(records: Sequence[Record | Skipped]) -> None:
+def _check_ids(records: _Part) -> None:
     """Raises ValueError if two records have one id."""
     ids = collections.Counter(record.id for record in records)
     repeated = [id for id, count in ids.items() if count > 1]
@@ -154,7 +180,7 @@ def _check_ids(records: Sequence[Record | Skipped]) -> None:
         )
 
 
-def _drop_changed(records: Sequence[Record | Skipped], writer: ShardWriter, run: _Run) -> str:
+def _drop_changed(records: _Part, writer: ShardWriter, run: _Run) -> str:
     """Takes out the examples whose inputs have changed, if that is wanted.
 
     Returns:
@@ -163,14 +189,17 @@ def _drop_changed(records: Sequence[Record | Skipped], writer: ShardWriter, run:
     Raises:
       ValueError: inputs have changed, but `redo` is not set.
     """
-    config, readable = run.config, {record.id: record for record in records if isinstance(record, Record)}
-    found = compare(writer.manifest, list(readable.values()), config.max_references, run.digests, config.workers)
+    config = run.config
+    found = compare(writer.manifest, records, config.max_references, run.digests, config.workers)
     if not found.changed:
         return str(found)
     if not config.redo:
         first = min(found.changed)
         metadata = writer.read(first)[1]["metadata"]
-        files = changed_files(readable[first], metadata.get(INPUTS, {}), config.max_references, run.digests)
+        entry = next(record for record in records if record.id == first)
+        record = entry if isinstance(entry, Record | Skipped) else entry.read()
+        assert isinstance(record, Record), first
+        files = changed_files(record, metadata.get(INPUTS, {}), config.max_references, run.digests)
         raise ValueError(
             f"{writer.folder} holds {len(found.changed)} examples whose inputs have changed since, such as {first} "
             f"({', '.join(files)}); start with --redo to make them again, or name another folder."
@@ -179,75 +208,33 @@ def _drop_changed(records: Sequence[Record | Skipped], writer: ShardWriter, run:
     return f" Made again, because inputs had changed: {len(found.changed)}.{found}"
 
 
-def encode(clips: Sequence[Clip], encoders: Encoders) -> list[Example]:
-    """Encodes clips of one size together.
+def _examples(todo: Iterator[Record | Skipped | Entry], run: _Run, bar: tqdm) -> Iterator[tuple[Example, str]]:
+    """Yields the examples of records, in order, each with the digest of its inputs; notes what is left out."""
 
-    Raises:
-      ValueError: the encoders' outputs don't fit each other.
-    """
-    videos = encoders.video.encode(np.stack([to_float(clip.video) for clip in clips]))
-    texts = encoders.text.encode([clip.record.prompt for clip in clips])
-    images = np.concatenate([clip.references for clip in clips])
-    latents = encode_references(images, encoders.video)
-    features = _features(images, encoders.vfm)
-    masks = subject_patches(np.concatenate([clip.subjects for clip in clips]), encoders.vfm.patch_size)
-    ends = np.cumsum([len(clip.references) for clip in clips])[:-1]
-    parts = zip(clips, videos, texts, *(np.split(x, ends) for x in (latents, features, masks)), strict=True)
-    return [
-        Example(
-            id=clip.record.id,
-            prompt=clip.record.prompt,
-            video_latents=video,
-            reference_latents=reference_latents,
-            subject_ids=clip.subject_ids,
-            text=text,
-            vfm_features=vfm_features,
-            subject_mask=subject_mask,
-            metadata=clip.metadata,
-        )
-        for clip, video, text, reference_latents, vfm_features, subject_mask in parts
-    ]
-
-
-def subject_patches(subjects: Bool[np.ndarray, "R h w"], patch_size: int) -> Bool[np.ndarray, "R P"]:
-    """Which patches show the subject: those of which it covers at least `SHOWN_FROM`; the others are blank."""
-    R, h, w = subjects.shape
-    rows, columns = h // patch_size, w // patch_size
-    shares = subjects.reshape(R, rows, patch_size, columns, patch_size).mean((2, 4))
-    return (shares >= SHOWN_FROM).reshape(R, rows * columns)
-
-
-def _features(images: UInt8[np.ndarray, "R h w 3"], vfm: FeatureEncoder) -> Float[np.ndarray, "R P E"]:
-    """Computes the VFM's features of references, P patches in row-major order; R may be 0."""
-    R, h, w, _ = images.shape
-    P = h // vfm.patch_size * (w // vfm.patch_size)
-    return vfm.encode(to_float(images)).reshape(R, P, vfm.width) if R else np.empty((0, P, vfm.width), np.float32)
-
-
-def _examples(todo: Sequence[Record | Skipped], run: _Run, bar: tqdm) -> Iterator[Example]:
-    """Yields the examples of records, in order; records that are left out are appended to `run.skipped`."""
-    skipped = run.skipped
-
-    def encoded(clips: list[Clip]) -> Iterator[Example]:
+    def encoded(clips: list[Clip]) -> Iterator[tuple[Example, str]]:
         counts = run.encoders.text.count_tokens([clip.record.prompt for clip in clips])
-        for example, tokens in zip(encode(clips, run.encoders), counts, strict=True):
+        for clip, example, tokens in zip(clips, encode_clips(clips, run.encoders), counts, strict=True):
             if tokens > MAX_TEXT_LENGTH:
-                run.cut[example.id] = tokens - MAX_TEXT_LENGTH
-            values = (example.video_latents, example.reference_latents, example.text, example.vfm_features)
-            if all(np.isfinite(array).all() for array in values):
-                yield example
+                run.cut += 1
+                run.most_cut = max(run.most_cut, (tokens - MAX_TEXT_LENGTH, clip.record.id))
+            if isinstance(example, Skipped):
+                run.skips.add(example)
             else:
-                skipped.append(Skipped(id=example.id, reason=NOT_FINITE))
+                run.skips.references.update(entry.reason for entry in clip.record.dropped)
+                yield example, clip.inputs
             bar.update()
 
+    def load(record: Record | Skipped | Entry) -> Clip | Skipped:
+        return load_record(record, run.config, run.digests)
+
     clips: list[Clip] = []
-    for loaded in _read_ahead(todo, run):
+    for loaded in in_order(load, todo, run.config.workers, run.config.workers + 1):
         if isinstance(loaded, Skipped):
-            skipped.append(loaded)
+            run.skips.add(loaded)
             bar.update()
         else:
             clips.append(loaded)
-        bar.set_postfix(skipped=len(skipped), refresh=False)
+        bar.set_postfix(skipped=run.skips.count, refresh=False)
         if len(clips) == run.config.batch_size:
             yield from encoded(clips)
             clips = []
@@ -255,59 +242,17 @@ def _examples(todo: Sequence[Record | Skipped], run: _Run, bar: tqdm) -> Iterato
         yield from encoded(clips)
 
 
-def _read_ahead(todo: Sequence[Record | Skipped], run: _Run) -> Iterator[Clip | Skipped]:
-    """Reads records in threads, a few ahead, and yields them in order."""
-    workers = run.config.workers
-    pool = ThreadPoolExecutor(workers)
-    waiting: collections.deque[Future[Clip | Skipped]] = collections.deque()
-    try:
-        for record in todo:
-            if len(waiting) >= workers + 1:
-                yield waiting.popleft().result()
-            waiting.append(pool.submit(_load, record, run))
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _load(record: Record | Skipped, run: _Run) -> Clip | Skipped:
-    """Reads one record and digests its files; whatever goes wrong leaves out this record alone."""
-    if isinstance(record, Skipped):
-        return record
-    try:
-        clip = load_clip(record, run.config)
-        if isinstance(clip, Clip):
-            inputs = run.inputs[record.id] = read_inputs(record, run.config.max_references, run.digests)
-            clip = dataclasses.replace(clip, metadata={**clip.metadata, INPUTS: dict(inputs.files)})
-    except Exception as error:  # a fault in one file must not end a run of days
-        return Skipped(id=record.id, reason=UNREADABLE_RECORD, detail=f"{type(error).__name__}: {first_line(error)}.")
-    return clip
-
-
-def _check_settings(folder: epath.Path, config: PrepareConfig) -> None:
+def _check_settings(folder: epath.Path, config: PrepareConfig, source: Mapping[str, Any]) -> None:
     """Raises ValueError if the folder has a dataset that was begun with other settings."""
     if not (folder / MANIFEST).exists():
         return
-    found = read_manifest(folder).made.get("settings", {})
-    older = {"fps": 0.0}  # fields that settings did not have at first, and what held then
-    for name, value in config.settings.items():
-        before = found.get(name, older.get(name))
-        if before != value:
+    made = read_manifest(folder).made
+    before = _OLDER | made.get("settings", {})
+    before["augment"] = dataclasses.asdict(AugmentConfig()) | (before.get("augment") or {})
+    before |= made.get("source", {}).get("settings", {})
+    for name, value in json.loads(json.dumps({**config.settings, **source.get("settings", {})})).items():
+        found = json.loads(json.dumps(before.get(name)))
+        if found != value:
             raise ValueError(
-                f"{folder} was begun with {name}={before}, not {value}; give the same, or name another folder."
+                f"{folder} was begun with {name}={found}, not {value}; give the same, or name another folder."
             )
-
-
-def _counts(skipped: Sequence[Skipped]) -> str:
-    """Says how many records were left out for which reason, the most frequent first."""
-    if not skipped:
-        return "none was left out"
-    reasons = collections.Counter(entry.reason for entry in skipped).most_common()
-    return f"{len(skipped)} left out ({', '.join(f'{count} {reason}' for reason, count in reasons)}; see {SKIPPED})"
-
-
-def _nothing_left(skipped: Sequence[Skipped], folder: epath.Path) -> str:
-    """Returns the sentence that no record became an example."""
-    first = f" The first: {skipped[0].detail}" if skipped and skipped[0].detail else ""
-    return f"No record became an example in {folder}: {_counts(skipped)}.{first}"

@@ -1,41 +1,78 @@
 """What a source of data yields: one `Record` per clip, or `Skipped` where it leaves a clip out.
 
-A record names files and regions and holds no pixels; `clips.load_clip` reads it. A source is a function in a file of
-sources/ that returns a list of records; `sources/jsonl.py` is the simplest.
+A record names files and regions and holds no pixels; `clips.load_clip` reads it. A source is anything that can be
+iterated over, more than once, in the same order: a list of records, as `sources/jsonl.py` returns, or an object that
+reads a file too large to be held. The latter may yield entries, which become records only where they are used, in
+another thread or process.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from refalign_jax.data.stored import File, need
 from refalign_jax.data.video import Box
-from refalign_jax.types import Int
+from refalign_jax.types import Bool, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class RunLengths:
+    """A mask as COCO stores it: run lengths down the columns, coded as text."""
+
+    size: tuple[int, int]
+    """Rows and columns."""
+    counts: str
+
+    def decode(self) -> Bool[np.ndarray, "h w"]:
+        """Returns the mask, true on the subject.
+
+        Raises:
+          ValueError: the runs do not fill the size, or pycocotools is not installed.
+        """
+        try:
+            return need("pycocotools.mask").decode({"size": list(self.size), "counts": self.counts}).astype(bool)
+        except (TypeError, OverflowError, MemoryError) as error:
+            raise ValueError(f"A mask of {self.size[1]}x{self.size[0]} can't be decoded: {error}.") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Reference:
     """A reference image: the file it comes from, and which part of it is the subject."""
 
-    path: Path
+    path: File
     """An image, or a video where `frame` is given."""
-    frame: int | None = None
-    """Frame number in a video, from 0."""
+    frame: int | float | None = None
+    """Frame number in a video, from 0; or, as a float in [0, 1], the fraction of the frames that come before it."""
     crop: Box | None = None
     """The region of the image that `box` and `mask` refer to; None for the whole image."""
     box: Box | None = None
     """Where the subject is, in pixels of `crop`; None for the extent of the mask or, without a mask, everything."""
-    mask: Path | np.ndarray | None = None
+    box_size: tuple[int, int] | None = None
+    """Width and height of the picture in whose pixels `box` counts; None for those of `crop`."""
+    mask: Path | np.ndarray | RunLengths | None = None
     """The subject's pixels: an image file, or bool [rows, columns] of the size of `crop`; None for all pixels."""
     subject: str | None = None
     """Name of the subject; references of one name show one subject. None: a subject that no other reference shows."""
     own_clip: bool = False
     """Whether it was cut from the very clip that it conditions; such references are augmented."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dropped:
+    """A reference that a record could have had and that is left out."""
+
+    subject: str
+    """Its name."""
+    reason: str
+    """A few words, identical for all references left out for this reason."""
+    detail: str = ""
+    """What was found, such as a score."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,7 +81,7 @@ class Record:
 
     id: str
     """Unique in its source, and the same in every run."""
-    video: Path
+    video: File
     """The video file."""
     prompt: str
     """What the clip shows."""
@@ -54,6 +91,8 @@ class Record:
     """The region of the video's frames; None for whole frames."""
     frames: tuple[int, int] | None = None
     """First frame of the clip, and the first frame after it; None for the whole video."""
+    dropped: tuple[Dropped, ...] = ()
+    """References that were left out, and why."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """JSON that the prepared example keeps."""
 
@@ -68,6 +107,23 @@ class Skipped:
     """A few words, identical for all clips left out for this reason, since they are counted by it."""
     detail: str = ""
     """A sentence about this clip."""
+
+
+class Entry(Protocol):
+    """One entry of a source's file, not parsed yet; it can be pickled."""
+
+    @property
+    def id(self) -> str:
+        """The id of the record that it becomes."""
+        ...
+
+    def read(self) -> Record | Skipped:
+        """Parses it; the result depends on the entry alone."""
+        ...
+
+
+Records = Iterable[Record | Skipped | Entry]
+"""What a source is. `operator.length_hint` of it is the number of records, or an estimate; 0 for unknown."""
 
 
 def subject_ids(references: tuple[Reference, ...]) -> Int[np.ndarray, " R"]:

@@ -13,6 +13,7 @@ on white, so the white stays white.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,9 +21,10 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from refalign_jax.config import AugmentConfig
+from refalign_jax.data.clip_frames import Still, read_still
 from refalign_jax.data.images import read_image, read_mask
-from refalign_jax.data.records import Reference
-from refalign_jax.data.video import Box, cut_out, make_square, read_stored_frame, to_float
+from refalign_jax.data.records import Reference, RunLengths
+from refalign_jax.data.video import Box, cut_out, make_square, to_float
 from refalign_jax.encoders.interface import VideoCodec
 from refalign_jax.types import Bool, Float
 
@@ -52,6 +54,7 @@ def load_reference(
     *,
     augment: AugmentConfig | None = None,
     rng: np.random.Generator | None = None,
+    still: Still | None = None,
 ) -> OnWhite:
     """Reads a reference and puts it on white.
 
@@ -61,6 +64,7 @@ def load_reference(
       width: columns of the canvas.
       augment: how to augment it; None for not at all.
       rng: draws the augmentation; required with `augment`.
+      still: the frame that the reference is cut from, where it has been read already.
 
     Returns:
       Pixels and subject. Without a mask, the subject is what the image shows beside white.
@@ -68,17 +72,40 @@ def load_reference(
     Raises:
       ValueError: a file can't be read, the mask has another size than the image or is empty, or a box reaches outside.
     """
-    path, frame, mask = reference.path, reference.frame, reference.mask
-    image, aspect = (read_image(path), 1.0) if frame is None else read_stored_frame(path, frame)
-    image = cut_out(image, reference.crop, str(path))
-    subject = cut_subject(
-        image, mask if mask is None or isinstance(mask, np.ndarray) else read_mask(mask), reference.box, str(path)
-    )
+    path, name = reference.path, str(reference.path)
+    if still is None and reference.frame is not None:
+        still = read_still(path, reference.frame)
+    image, aspect = (read_image(path), 1.0) if still is None else still
+    image = cut_out(image, reference.crop, name)
+    box = _scaled(reference.box, reference.box_size, image)
+    subject = cut_subject(image, _read_mask(reference.mask), box, name)
     cut, inside = (make_square(part, aspect) for part in subject)
     laid = put_on_white(cut, inside, height, width, augment if reference.own_clip else None, rng)
-    if mask is None:
+    if reference.mask is None:
         laid = laid._replace(subject=laid.subject & (laid.pixels < WHITE_FROM).any(-1))
     return laid
+
+
+def _read_mask(mask: Path | np.ndarray | RunLengths | None) -> Bool[np.ndarray, "a b"] | None:
+    """Reads the mask of a reference in whatever form it is given."""
+    if mask is None or isinstance(mask, np.ndarray):
+        return mask
+    return mask.decode() if isinstance(mask, RunLengths) else read_mask(mask)
+
+
+def _scaled(box: Box | None, size: tuple[int, int] | None, image: np.ndarray) -> Box | None:
+    """Scales a box from a picture of a size, width and height, to another picture; none of its pixels is cut off."""
+    if box is None or size is None:
+        return box
+    rows, columns = image.shape[:2]
+    x, y = columns / size[0], rows / size[1]
+    left, top, right, bottom = box
+    return (
+        math.floor(left * x),
+        math.floor(top * y),
+        min(math.ceil(right * x), columns),
+        min(math.ceil(bottom * y), rows),
+    )
 
 
 def encode_references(images: UInt8[np.ndarray, "R h w 3"], codec: VideoCodec) -> Float[np.ndarray, "R H W C"]:

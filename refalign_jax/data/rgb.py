@@ -27,6 +27,10 @@ from refalign_jax.types import Float
 
 UNBIASED = 2 | 0x2000 | 0x40000
 """FFmpeg's SWS_BILINEAR, SWS_FULL_CHR_H_INT and SWS_ACCURATE_RND; its faster default is one grey level too dark."""
+BICUBIC = 4 | 0x2000 | 0x40000
+"""The same with FFmpeg's SWS_BICUBIC, for scaling; it widens its kernel to scale down."""
+_CUT = ("yuv420p", "yuvj420p")
+"""Pixel formats of which a part can be cut out."""
 REFERENCE_WHITE = 203.0
 """cd/m², ITU-R BT.2408."""
 KNEE = 0.75
@@ -43,8 +47,24 @@ _MATRICES = {1, 2, 3, 4, 5, 6, 7, 9}
 """Numbers of ITU-T H.273 that swscale converts: BT.709, none named (2, 3), FCC, BT.601 (5, 6), SMPTE 240M, BT.2020."""
 
 
-def to_rgb(frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
+def is_plain(frame: av.VideoFrame, crop: tuple[int, int, int, int] | None = None) -> bool:
+    """Whether `to_rgb` can cut and scale a frame on the way: SDR in BT.709's primaries and, if cut, at even pixels."""
+    hdr, wide = _kind(frame)
+    if hdr or wide:
+        return False
+    even = not any(place % 2 for place in (*(crop or ()), frame.width, frame.height))
+    return crop is None or (even and frame.format.name in _CUT)
+
+
+def to_rgb(
+    frame: av.VideoFrame, crop: tuple[int, int, int, int] | None = None, size: tuple[int, int] | None = None
+) -> UInt8[np.ndarray, "h w 3"]:
     """Converts a decoded frame to RGB as this module describes, as it is stored: not turned, pixels not made square.
+
+    Args:
+      frame: the frame.
+      crop: left, top, right and bottom of the part to convert; None for all. Only where `is_plain`.
+      size: columns and rows to which it is scaled by bicubic interpolation; None for none. Only where `is_plain`.
 
     Raises:
       ValueError: the frame's colour matrix is one that can't be converted, such as ICtCp.
@@ -52,16 +72,18 @@ def to_rgb(frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
     coded, matrix = not frame.format.is_rgb, int(frame.colorspace)
     if coded and matrix not in _MATRICES | {0}:
         raise ValueError(f"its colours are coded by matrix {matrix} of ITU-T H.273, which can't be converted")
-    hdr = frame.color_trc in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
-    wide = frame.color_primaries == ColorPrimaries.BT2020 or (
-        hdr and frame.color_primaries != ColorPrimaries.BT709 and matrix != _BT709
-    )
+    hdr, wide = _kind(frame)
     source = None
     if coded and matrix in (0, 2, 3):
         large = frame.height >= 720 or frame.width >= 1280
         source = _BT2020 if wide else _BT709 if large else _BT601
     if not (hdr or wide):
-        return frame.to_ndarray(format="rgb24", src_colorspace=source, interpolation=UNBIASED)
+        part = frame if crop is None else _cut(frame, crop)
+        columns, rows = size or (part.width, part.height)
+        kind = UNBIASED if (columns, rows) == (part.width, part.height) else BICUBIC
+        return part.to_ndarray(format="rgb24", width=columns, height=rows, src_colorspace=source, interpolation=kind)
+    assert crop is None, "not plain"
+    assert size is None, "not plain"
     signal = frame.to_ndarray(format="gbrp16le", src_colorspace=source, interpolation=UNBIASED)  # rgb48 comes out wrong
     light = _light(int(frame.color_trc))[signal]
     if frame.color_trc == ColorTrc.ARIB_STD_B67:
@@ -71,6 +93,27 @@ def to_rgb(frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
     light = np.maximum(light, 0)
     shown = _srgb(tone_map(light)) if hdr else np.minimum(light, 1) ** np.float32(1 / 2.4)
     return np.rint(shown * 255).astype(np.uint8)
+
+
+def _kind(frame: av.VideoFrame) -> tuple[bool, bool]:
+    """Whether a frame is HDR, and whether its primaries are BT.2020's."""
+    hdr = frame.color_trc in (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
+    wide = frame.color_primaries == ColorPrimaries.BT2020 or (
+        hdr and frame.color_primaries != ColorPrimaries.BT709 and int(frame.colorspace) != _BT709
+    )
+    return hdr, wide
+
+
+def _cut(frame: av.VideoFrame, crop: tuple[int, int, int, int]) -> av.VideoFrame:
+    """Cuts a box at even pixels out of a frame of 4:2:0."""
+    left, top, right, bottom = crop
+    rows, columns = frame.height, frame.width
+    planes = frame.to_ndarray()
+    colours = planes[rows:].reshape(2, rows // 2, columns // 2)[:, top // 2 : bottom // 2, left // 2 : right // 2]
+    cut = np.concatenate([planes[:rows][top:bottom, left:right].reshape(-1), colours.reshape(-1)])
+    part = av.VideoFrame.from_ndarray(cut.reshape(-1, right - left), format=frame.format.name)
+    part.colorspace, part.color_range = frame.colorspace, frame.color_range
+    return part
 
 
 def tone_map(light: Float[np.ndarray, "*n 3"]) -> Float[np.ndarray, "*n 3"]:

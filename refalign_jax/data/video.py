@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from refalign_jax.atomic import atomic_write
-from refalign_jax.data.decode import check_end, decode, open_video
+from refalign_jax.data.decode import VideoFile, check_end, decode, open_video
 from refalign_jax.data.rgb import to_rgb
 from refalign_jax.encoders.interface import VideoCodec
 from refalign_jax.types import Float
@@ -78,7 +78,7 @@ class VideoInfo:
         return len(self.times) - 1
 
 
-def probe(path: str | os.PathLike[str], most: int | None = None) -> VideoInfo:
+def probe(path: VideoFile, most: int | None = None) -> VideoInfo:
     """Counts a video's frames by decoding them, because containers often state other numbers than what is shown.
 
     Args:
@@ -104,10 +104,10 @@ def probe(path: str | os.PathLike[str], most: int | None = None) -> VideoInfo:
     if not shown:
         raise ValueError(f"{path} shows no frame: none can be decoded.")
     times = np.array([*(time for time, _ in shown), sum(shown[-1])])
-    return VideoInfo(times=times - times[0], fps=_rate(times[-2] - times[0], len(shown) - 1, nominal))
+    return VideoInfo(times=times - times[0], fps=rate_of(times[-2] - times[0], len(shown) - 1, nominal))
 
 
-def _rate(seconds: float, steps: int, nominal: Sequence[float]) -> float:
+def rate_of(seconds: float, steps: int, nominal: Sequence[float]) -> float:
     """Returns the rate of frames shown in a number of seconds: a nominal one if it agrees, else the average."""
     for rate in nominal:
         if abs(steps / rate - seconds) <= TICK:
@@ -116,7 +116,7 @@ def _rate(seconds: float, steps: int, nominal: Sequence[float]) -> float:
 
 
 def read_frames(
-    path: str | os.PathLike[str], numbers: Sequence[int] | np.ndarray, crop: Box | None = None
+    path: VideoFile, numbers: Sequence[int] | np.ndarray, crop: Box | None = None
 ) -> UInt8[np.ndarray, "N h w 3"]:
     """Decodes chosen frames, turned upright where the file has a rotation and with square pixels.
 
@@ -132,14 +132,27 @@ def read_frames(
       ValueError: the file can't be decoded, ends before a frame that is asked for, is damaged up to the last one, is
         smaller than the crop, or states pixels more than ten times as wide as high or the reverse.
     """
-    frames, aspect = _read_stored(path, numbers, crop)
-    return np.stack([make_square(frame, aspect) for frame in frames])
-
-
-def read_stored_frame(path: str | os.PathLike[str], number: int) -> tuple[UInt8[np.ndarray, "h w 3"], float]:
-    """Decodes one frame as `read_frames` does, in the file's own pixels, and returns their width over their height."""
-    frames, aspect = _read_stored(path, [number])
-    return frames[0], aspect
+    wanted = [int(number) for number in numbers]
+    assert wanted, "no frame asked for"
+    assert min(wanted) >= 0, wanted
+    kept: dict[int, np.ndarray] = {}
+    count, last, chosen, turns = 0, max(wanted), set(wanted), 0
+    with open_video(path) as (container, stream):
+        aspect = pixel_aspect(stream, path)
+        for number, frame in enumerate(itertools.islice(decode(path, container, stream), last + 1)):
+            count = number + 1
+            if number in chosen:
+                turns = round(frame.rotation / 90)
+                try:
+                    upright = np.rot90(to_rgb(frame), turns)
+                except ValueError as error:
+                    raise ValueError(f"{path} can't be decoded: {error}.") from error
+                kept[number] = cut_out(upright, crop, str(path))
+    if len(kept) < len(chosen):
+        raise ValueError(f"{path} ends after {count} frames; frame {last} is asked for.")
+    if len({frame.shape for frame in kept.values()}) > 1:
+        raise ValueError(f"{path} changes its size between frames.")
+    return np.stack([make_square(kept[number], 1 / aspect if turns % 2 else aspect) for number in wanted])
 
 
 def make_square(image: np.ndarray, aspect: float) -> np.ndarray:
@@ -157,33 +170,16 @@ def make_square(image: np.ndarray, aspect: float) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize(size, smooth))
 
 
-def _read_stored(
-    path: str | os.PathLike[str], numbers: Sequence[int] | np.ndarray, crop: Box | None = None
-) -> tuple[list[np.ndarray], float]:
-    """Decodes frames as `read_frames` does, in the file's own pixels, and returns their width over their height."""
-    wanted = [int(number) for number in numbers]
-    assert wanted, "no frame asked for"
-    assert min(wanted) >= 0, wanted
-    kept: dict[int, np.ndarray] = {}
-    count, last, chosen, turns = 0, max(wanted), set(wanted), 0
-    with open_video(path) as (container, stream):
-        aspect = float(stream.sample_aspect_ratio or 1)
-        for number, frame in enumerate(itertools.islice(decode(path, container, stream), last + 1)):
-            count = number + 1
-            if number in chosen:
-                turns = round(frame.rotation / 90)
-                try:
-                    upright = np.rot90(to_rgb(frame), turns)
-                except ValueError as error:
-                    raise ValueError(f"{path} can't be decoded: {error}.") from error
-                kept[number] = cut_out(upright, crop, str(path))
-    if len(kept) < len(chosen):
-        raise ValueError(f"{path} ends after {count} frames; frame {last} is asked for.")
-    if len({frame.shape for frame in kept.values()}) > 1:
-        raise ValueError(f"{path} changes its size between frames.")
+def pixel_aspect(stream: av.VideoStream, path: VideoFile) -> float:
+    """Width of a video's pixels over their height, as the file states it.
+
+    Raises:
+      ValueError: they are more than ten times as wide as high, or the reverse.
+    """
+    aspect = float(stream.sample_aspect_ratio or 1)
     if not 0.1 <= aspect <= 10:
         raise ValueError(f"{path} states pixels {aspect:g} times as wide as high; 0.1 to 10 would be right.")
-    return [kept[number] for number in wanted], 1 / aspect if turns % 2 else aspect
+    return aspect
 
 
 def write_video(

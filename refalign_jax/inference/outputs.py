@@ -58,10 +58,11 @@ def describe_sample(request: Request, made: Mapping[str, Any], digests: Digests)
 def _describe_reference(reference: Reference, digests: Digests) -> dict[str, Any]:
     """What decides a reference: digests of image and mask, where they are, and regions where there are any."""
     described: dict[str, Any] = {} if reference.subject is None else {"subject": reference.subject}
+    assert isinstance(reference.path, Path), "requests name local files"
     described |= {"source": str(reference.path), "sha256": digests.file(reference.path)}
     if isinstance(reference.mask, np.ndarray):
         described["mask_sha256"] = digest_array(reference.mask)
-    elif reference.mask is not None:
+    elif isinstance(reference.mask, Path):
         described |= {"mask": str(reference.mask), "mask_sha256": digests.file(reference.mask)}
     regions = {"frame": reference.frame, "crop": reference.crop, "box": reference.box}
     return described | {name: value for name, value in json.loads(json.dumps(regions)).items() if value is not None}

@@ -10,7 +10,8 @@ from support.footage import photograph
 from support.forms import encode, numbers
 
 from refalign_jax.config import PrepareConfig
-from refalign_jax.data.clips import choose_by_time, choose_frames, load_clip, resize_and_crop
+from refalign_jax.data.clip_frames import resize_and_crop
+from refalign_jax.data.clips import choose_by_time, choose_frames, load_clip
 from refalign_jax.data.records import Record, Skipped
 
 

@@ -14,6 +14,8 @@ from PIL import Image
 from support.footage import panned, photograph, write_records
 from support.places import environment
 
+import refalign_jax.data.clips as clips_module
+import refalign_jax.data.encode as encode_module
 import refalign_jax.data.prepare as prepare_module
 from refalign_jax.config import PrepareConfig
 from refalign_jax.data.manifest import MANIFEST, read_manifest
@@ -136,7 +138,7 @@ def test_an_interrupted_redo_goes_on(records, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(prepare_module, "encode", interrupted)
+        patched.setattr(encode_module, "encode", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(records, tmp_path / "d", REDO)
     assert read_manifest(tmp_path / "d").num_examples == 2
@@ -145,14 +147,14 @@ def test_an_interrupted_redo_goes_on(records, tmp_path, monkeypatch):
 
 
 def test_any_fault_in_one_record_leaves_out_this_one_alone(records, tmp_path, monkeypatch):
-    load = prepare_module.load_clip
+    load = clips_module.load_clip
 
     def fails(record, config):
         if record.id.startswith("cat"):
             raise PermissionError(13, "Permission denied", "cat.mp4")
         return load(record, config)
 
-    monkeypatch.setattr(prepare_module, "load_clip", fails)
+    monkeypatch.setattr(clips_module, "load_clip", fails)
     assert "2 of them new; 1 left out (1 the record can't be read;" in run(records, tmp_path / "d")
     (line,) = (tmp_path / "d" / "skipped.jsonl").read_text().splitlines()
     assert "PermissionError: [Errno 13] Permission denied" in json.loads(line)["detail"]

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 from support.footage import panned, photograph, write_records
 
-import refalign_jax.data.prepare as prepare_module
+import refalign_jax.data.encode as encode_module
 from refalign_jax.config import DataConfig, PrepareConfig, Storage
-from refalign_jax.data.clips import Clip, load_clip, resize_and_crop
+from refalign_jax.data.clip_frames import resize_and_crop
+from refalign_jax.data.clips import Clip, load_clip
 from refalign_jax.data.loader import make_loader
 from refalign_jax.data.manifest import read_manifest
 from refalign_jax.data.prepare import prepare
@@ -124,7 +125,7 @@ def test_same_records_same_bytes_however_they_are_batched(tmp_path, config):
 def test_an_interrupted_run_goes_on_to_the_same_dataset(tmp_path, monkeypatch):
     path = write_records(tmp_path)
     run(path, tmp_path / "whole", change(examples_per_shard=1))
-    encode, calls = prepare_module.encode, []
+    encode, calls = encode_module.encode, []
 
     def fails_at_the_third(clips, encoders):
         calls.append(clips[0].record.id)
@@ -132,7 +133,7 @@ def test_an_interrupted_run_goes_on_to_the_same_dataset(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return encode(clips, encoders)
 
-    monkeypatch.setattr(prepare_module, "encode", fails_at_the_third)
+    monkeypatch.setattr(encode_module, "encode", fails_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run(path, tmp_path / "d", change(examples_per_shard=1))
     assert not read_manifest(tmp_path / "d").complete
@@ -216,7 +217,7 @@ def test_a_source_may_leave_clips_out(tmp_path):
 
 
 def test_latents_that_are_not_finite_are_left_out(tmp_path, monkeypatch):
-    encode = prepare_module.encode
+    encode = encode_module.encode
 
     def one_is_broken(clips, encoders):
         made = encode(clips, encoders)
@@ -225,7 +226,7 @@ def test_latents_that_are_not_finite_are_left_out(tmp_path, monkeypatch):
             for example in made
         ]
 
-    monkeypatch.setattr(prepare_module, "encode", one_is_broken)
+    monkeypatch.setattr(encode_module, "encode", one_is_broken)
     said = run(write_records(tmp_path), tmp_path / "d", change(batch_size=3))
     assert "2 of them new; 1 left out (1 the encoders gave NaN or infinity;" in said
 
