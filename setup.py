@@ -35,6 +35,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",
         "grain>=0.2.15,<0.3",
         "transformers>=5.0,<6",
+        "huggingface_hub>=1.3,<3",
         "chex>=0.1.90,<0.2",
         "numpy>=2.0,<3",
         "jaxtyping>=0.3,<0.4",

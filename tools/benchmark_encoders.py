@@ -19,8 +19,8 @@ import numpy as np
 import tyro
 
 from refalign_jax.command import run
-from refalign_jax.encoders.dinov3 import load_dinov3
 from refalign_jax.encoders.umt5 import load_umt5
+from refalign_jax.encoders.vit import load_dinov3
 from refalign_jax.encoders.wan_vae import load_vae
 from refalign_jax.models import dinov3, umt5, vae
 

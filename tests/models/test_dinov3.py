@@ -10,16 +10,14 @@ import numpy as np
 import pytest
 
 from refalign_jax.convert.files import open_weights
-from refalign_jax.encoders.dinov3 import load_dinov3
+from refalign_jax.encoders.vit import load_dinov3
 from refalign_jax.models.dinov3 import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     DINOv3Config,
     encode,
     encode_tokens,
     init,
-    normalize,
 )
+from refalign_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "encoders_a"
 PUBLISHED = json.loads((GOLDEN / "dinov3.json").read_text())

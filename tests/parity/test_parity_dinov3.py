@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 from refalign_jax.convert.dinov3 import dinov3_layers, dinov3_table
 from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.table import check, published_shapes
-from refalign_jax.encoders.dinov3 import load_dinov3
+from refalign_jax.encoders.vit import load_dinov3
 from refalign_jax.models import dinov3
 
 GATED = {"use_gated_mlp": True, "hidden_act": "silu"}
