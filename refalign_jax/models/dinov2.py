@@ -70,7 +70,6 @@ class DINOv2Config(vit.ViTConfig):
             hidden = (int(hidden * 2 / 3) + 7) // 8 * 8
         return cls.read(
             found,
-            PUBLISHED_FIELDS,
             **values,
             ffn_width=hidden,
             grid=grid_of(found),
@@ -79,16 +78,6 @@ class DINOv2Config(vit.ViTConfig):
             mask_token=registers or found.get("use_mask_token", True),
             compute_dtype=compute_dtype,
         )
-
-
-PUBLISHED_FIELDS = {
-    "width": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "eps": "layer_norm_eps",
-    "layerscale": "layerscale_value",
-}
-"""Fields whose name in the published config.json is another."""
 
 
 def grid_of(published: Mapping[str, Any]) -> int:

@@ -65,18 +65,8 @@ class DINOv3Config(vit.ViTConfig):
         """
         vit.check_model_type(published, "dinov3_vit")
         defaults = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 6, "num_register_tokens": 0}
-        return cls.read(defaults | dict(published), PUBLISHED_FIELDS, compute_dtype=compute_dtype)
+        return cls.read(defaults | dict(published), compute_dtype=compute_dtype)
 
-
-PUBLISHED_FIELDS = {
-    "width": "hidden_size",
-    "ffn_width": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "eps": "layer_norm_eps",
-    "layerscale": "layerscale_value",
-}
-"""Fields whose name in the published config.json is another."""
 
 _GATED: Any = {"use_gated_mlp": True, "hidden_act": "silu"}
 VIT_S16 = DINOv3Config(width=384, ffn_width=1536, num_heads=6)

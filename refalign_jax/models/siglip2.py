@@ -72,20 +72,11 @@ class SigLIP2Config(vit.ViTConfig):
         grid = math.isqrt(found["num_patches"]) if naflex else grid_of(found)
         if naflex and grid**2 != found["num_patches"]:
             raise ValueError(f"config.json has num_patches {found['num_patches']}; it must be a square.")
-        return cls.read(found, PUBLISHED_FIELDS, grid=grid, naflex=naflex, compute_dtype=compute_dtype)
+        return cls.read(found, grid=grid, naflex=naflex, compute_dtype=compute_dtype)
 
 
 MODEL_TYPES = ("siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model")
 """`model_type` of the published forms: the whole model, and the vision model alone."""
-
-PUBLISHED_FIELDS = {
-    "width": "hidden_size",
-    "ffn_width": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "eps": "layer_norm_eps",
-}
-"""Fields whose name in the published config.json is another."""
 
 
 def init(config: SigLIP2Config, key: Array) -> dict[str, Any]:

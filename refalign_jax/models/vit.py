@@ -95,12 +95,11 @@ class ViTConfig:
             raise ValueError(f"{kind}.compute_dtype is {self.compute_dtype!r}; it must be float32 or bfloat16.")
 
     @classmethod
-    def read(cls, published: Mapping[str, Any], names: Mapping[str, str], **values: Any) -> Any:
+    def read(cls, published: Mapping[str, Any], **values: Any) -> Any:
         """Builds the configuration from a published config.json.
 
         Args:
-          published: the parsed file.
-          names: fields whose name in the file is another.
+          published: the parsed file, with transformers' names.
           **values: fields that the file does not give under a name, or not as they are here.
 
         Raises:
@@ -109,11 +108,22 @@ class ViTConfig:
         if published.get("num_channels", 3) != 3:
             raise ValueError(f"config.json has num_channels {published['num_channels']}; it must be 3, for RGB.")
         found = {
-            field.name: published[names.get(field.name, field.name)]
+            field.name: published[name]
             for field in dataclasses.fields(cls)
-            if names.get(field.name, field.name) in published
+            if (name := PUBLISHED_FIELDS.get(field.name, field.name)) in published
         }
         return cls(**found | values)
+
+
+PUBLISHED_FIELDS = {
+    "width": "hidden_size",
+    "ffn_width": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "eps": "layer_norm_eps",
+    "layerscale": "layerscale_value",
+}
+"""Fields whose name in the published config.json is another."""
 
 
 def check_model_type(published: Mapping[str, Any], *known: str) -> None:

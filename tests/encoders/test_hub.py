@@ -3,9 +3,11 @@
 import json
 
 import huggingface_hub
+import huggingface_hub.errors
 import jax
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from safetensors.numpy import save_file
 
 from refalign_jax.convert.dinov2 import dinov2_table
@@ -20,8 +22,8 @@ NAME, COMMIT = "someone/some-vit", "0" * 40
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache, and a hub that can't be reached."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     return tmp_path
 
 

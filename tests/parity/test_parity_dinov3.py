@@ -14,6 +14,7 @@ from refalign_jax.convert.files import open_weights
 from refalign_jax.convert.table import check, published_shapes
 from refalign_jax.encoders.vit import load_dinov3
 from refalign_jax.models import dinov3
+from refalign_jax.models.vit import PUBLISHED_FIELDS
 
 GATED = {"use_gated_mlp": True, "hidden_act": "silu"}
 
@@ -78,8 +79,8 @@ def test_encode_equals_transformers(tmp_path, options, height, width):
 )
 def test_presets_have_the_names_and_shapes_of_transformers(name):
     config = getattr(dinov3, name)
-    sizes = {key: getattr(config, ours) for ours, key in dinov3.PUBLISHED_FIELDS.items()}
-    options = {key: value for key, value in dataclasses.asdict(config).items() if key not in dinov3.PUBLISHED_FIELDS}
+    sizes = {key: getattr(config, ours) for ours, key in PUBLISHED_FIELDS.items()}
+    options = {key: value for key, value in dataclasses.asdict(config).items() if key not in PUBLISHED_FIELDS}
     del options["compute_dtype"]
     published = transformers.DINOv3ViTConfig(**sizes, **options)
     assert dinov3.DINOv3Config.from_json(published.to_dict()) == config
