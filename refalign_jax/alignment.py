@@ -9,6 +9,11 @@ With s the projected reference tokens of one block and f the VFM's tokens, both 
 The loss is per sample: subjects of other samples never push. Padded references count nowhere, and references that
 carry the same subject id are views of one subject and do not repel each other.
 
+As published, pull and push contradict each other: targets of different subjects have positive cosines, because all
+tokens share a mean and white patches look alike, so a student that equals its targets is still pushed away from them.
+`remaining_push` measures this. Two options of `AlignmentConfig`, off by default, reduce it: `center_targets` subtracts
+a mean from f before it is normalised, and `subject_patches_only` takes the means over tokens that show a subject.
+
 Memory: blocks and pairs of references are walked one after the other and recomputed for the gradient, so that no more
 than one [B, P, P] matrix of similarities exists; a matrix of all R·P tokens never does.
 """
@@ -94,6 +99,7 @@ def pull_push(
     subject_ids: Int[Array, "B R"],
     real: Bool[Array, "B R"],
     config: AlignmentConfig,
+    subject_mask: Bool[Array, "B R P"] | None = None,
 ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
     """L₊ and L₋ of one block for each sample.
 
@@ -103,6 +109,7 @@ def pull_push(
       subject_ids: which subject a reference shows.
       real: False where a reference is padding; its content, any, counts nowhere.
       config: the margins.
+      subject_mask: True where a token counts; None for all tokens of real references.
 
     Returns:
       pull and push, 0 where there is no token or no pair to take a mean over.
@@ -111,9 +118,11 @@ def pull_push(
     shown = real[..., None, None]
     s, f = (_unit(jnp.where(shown, x.astype(jnp.float32), 0)) for x in (student, teacher))
 
+    counted = real[..., None] if subject_mask is None else real[..., None] & subject_mask
+    sizes = P * real.astype(jnp.int32) if subject_mask is None else jnp.sum(counted, axis=2)  # tokens, [B, R]
     cosine = jnp.einsum("brpe,brpe->brp", s, f, precision="highest")
-    distances = jax.nn.relu(1 - cosine - config.pull_margin) * real[..., None]
-    pull = jnp.sum(distances, axis=(1, 2)) / (P * jnp.maximum(jnp.sum(real, axis=1), 1))
+    distances = jax.nn.relu(1 - cosine - config.pull_margin) * counted
+    pull = jnp.sum(distances, axis=(1, 2)) / jnp.maximum(jnp.sum(sizes, axis=1), 1)
 
     opposed = (subject_ids[:, :, None] != subject_ids[:, None, :]) & real[:, :, None] & real[:, None, :]
     first, second = jnp.nonzero(~jnp.eye(R, dtype=bool), size=R * (R - 1))
@@ -121,26 +130,46 @@ def pull_push(
     @jax.checkpoint
     def pair(i: Array, j: Array) -> Float[Array, " B"]:
         cosine = jnp.einsum("bpe,bqe->bpq", s[:, i], f[:, j], precision="highest")
-        return jnp.sum(jax.nn.relu(config.push_margin - 1 + cosine), axis=(1, 2)) * opposed[:, i, j]
+        excess = jax.nn.relu(config.push_margin - 1 + cosine)
+        if subject_mask is not None:
+            excess = excess * counted[:, i, :, None] * counted[:, j, None, :]
+        return jnp.sum(excess, axis=(1, 2)) * opposed[:, i, j]
 
     total, _ = jax.lax.scan(lambda sum_, ij: (sum_ + pair(*ij), None), jnp.zeros(s.shape[0]), (first, second))
-    return pull, total / (P * P * jnp.maximum(jnp.sum(opposed, axis=(1, 2)), 1))
+    pairs = jnp.sum(opposed * (sizes[:, :, None] * sizes[:, None, :]).astype(jnp.float32), axis=(1, 2))
+    return pull, total / jnp.maximum(pairs, 1)
+
+
+class SubjectPatches(NamedTuple):
+    """Which VFM tokens show a subject.
+
+    Attributes:
+      mask: True where the patch shows the subject, False where it is blank.
+      mean: of the tokens that show a subject, over the dataset of each sample; `center_targets="dataset"` alone needs
+        it.
+    """
+
+    mask: Bool[Array, "B R P"]
+    mean: Float[Array, "B E"] | None = None
 
 
 class Targets(NamedTuple):
     """What reference tokens are compared with.
 
     Attributes:
-      features: VFM features of the references, normalised over space where configured, 0 where padded, float32.
+      features: VFM features of the references, centred or normalised over space where configured, 0 where padded,
+        float32.
       subject_ids: which subject a reference shows.
       real: False where a reference is padding.
       grid: token rows and columns of a reference, P = rows·columns.
+      subject_mask: True where a token counts; None for all tokens of real references.
     """
 
     features: Float[Array, "B R P E"]
     subject_ids: Int[Array, "B R"]
     real: Bool[Array, "B R"]
     grid: tuple[int, int]
+    subject_mask: Bool[Array, "B R P"] | None = None
 
 
 def make_targets(
@@ -149,6 +178,7 @@ def make_targets(
     num_references: Int[Array, " B"],
     grid: tuple[int, int],
     config: AlignmentConfig,
+    patches: SubjectPatches | None = None,
 ) -> Targets:
     """Checks and masks the VFM's tokens, once for all blocks.
 
@@ -157,10 +187,11 @@ def make_targets(
       subject_ids: which subject a reference shows.
       num_references: references that are real; the others stand behind them and are padding.
       grid: token rows and columns of a reference, P = rows·columns.
-      config: width and normalisation of targets.
+      config: width, centring and normalisation of targets.
+      patches: which of the tokens show a subject; required by the options that leave out blank patches.
 
     Raises:
-      ValueError: targets of another width or grid than configured.
+      ValueError: targets of another width or grid than configured, or nothing on patches where it is required.
     """
     if features.shape[-1] != config.vfm_width:
         raise ValueError(
@@ -173,10 +204,51 @@ def make_targets(
             f"{grid[0]}x{grid[1]} grid; both must come from the same pixels."
         )
     real = jnp.arange(features.shape[1]) < num_references[:, None]
-    features = jnp.where(real[..., None, None], features.astype(jnp.float32), 0)
+    features = features.astype(jnp.float32)
+    if config.center_targets != "none":
+        features = features - _target_mean(features, patches, config)
+    features = jnp.where(real[..., None, None], features, 0)
     if config.normalize_targets:
         features = normalize_targets(features, config.target_mean_removed)
-    return Targets(features, subject_ids, real, grid)
+    mask = None
+    if config.subject_patches_only:
+        if patches is None:
+            raise ValueError(f"AlignmentConfig.subject_patches_only needs {_MASK_NEEDED}")
+        mask = patches.mask & real[..., None]
+    return Targets(features, subject_ids, real, grid, mask)
+
+
+_MASK_NEEDED = "to know which patches show a subject; give `patches`, a SubjectPatches."
+
+
+def _target_mean(
+    features: Float[Array, "B R P E"], patches: SubjectPatches | None, config: AlignmentConfig
+) -> Float[Array, "B _ 1 E"]:
+    """The mean that `center_targets` subtracts; 0 for a reference without a token that shows a subject."""
+    if patches is None:
+        raise ValueError(f"AlignmentConfig.center_targets={config.center_targets!r} needs {_MASK_NEEDED}")
+    if config.center_targets == "reference":
+        shown = patches.mask[..., None]
+        number = jnp.maximum(jnp.sum(shown, axis=2, keepdims=True), 1)
+        return jnp.sum(jnp.where(shown, features, 0), axis=2, keepdims=True) / number
+    if patches.mean is None:
+        raise ValueError(
+            "AlignmentConfig.center_targets='dataset' needs the mean over the dataset; give it in patches."
+        )
+    return patches.mean.astype(jnp.float32)[:, None, None]
+
+
+def remaining_push(targets: Targets, config: AlignmentConfig) -> Float[Array, " B"]:
+    """L₋ of a student that equals its targets, L₊ = 0, for each sample: how far pull and push contradict each other.
+
+    Below this value the push can only fall if the student leaves its targets. It is 0 with fewer than two subjects.
+
+    Args:
+      targets: what `make_targets` returned.
+      config: the margins.
+    """
+    features = targets.features
+    return pull_push(features, features, targets.subject_ids, targets.real, config, targets.subject_mask)[1]
 
 
 def block_terms(
@@ -195,7 +267,7 @@ def block_terms(
     @jax.checkpoint
     def terms(projector: Params, tokens: Array, features: Array) -> tuple[Array, Array]:
         student = project(projector, tokens, targets.grid, config)[:, : R * P].reshape(B, R, P, E)
-        return pull_push(student, features, targets.subject_ids, targets.real, config)
+        return pull_push(student, features, targets.subject_ids, targets.real, config, targets.subject_mask)
 
     with jax.named_scope("alignment"):
         return terms(projector, tokens, targets.features)

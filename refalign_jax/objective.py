@@ -29,6 +29,7 @@ class Batch(NamedTuple):
       subject_ids: [B, R], which subject a reference shows.
       vfm_features: [B, R, P, E], the VFM's features of the references, which they are aligned with.
       aligned: [B], False where the references were dropped, so that the sample has no alignment loss.
+      patches: which VFM tokens show a subject, [B, R, P]; None unless the alignment's options need it.
     """
 
     video_latents: Array
@@ -38,6 +39,7 @@ class Batch(NamedTuple):
     subject_ids: Array
     vfm_features: Array
     aligned: Array
+    patches: alignment.SubjectPatches | None = None
 
     @property
     def condition(self) -> Condition:
@@ -107,7 +109,8 @@ def sample_terms(
 def batch_targets(batch: Batch, config: ModelConfig) -> alignment.Targets:
     """The targets of a batch's reference tokens; errors as in `alignment.make_targets`."""
     grid = transformer.token_grid(config.dit, batch.reference_latents.shape)[1:]
-    return alignment.make_targets(batch.vfm_features, batch.subject_ids, batch.num_references, grid, config.alignment)
+    features, ids, counts = batch.vfm_features, batch.subject_ids, batch.num_references
+    return alignment.make_targets(features, ids, counts, grid, config.alignment, batch.patches)
 
 
 def objective(

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from support import tiny
 from support.runs import FAST_COMPILE, MODEL, recipe
 
+from refalign_jax.alignment import SubjectPatches
 from refalign_jax.config import AlignmentConfig, Config, MeshConfig, ModelConfig, OptimizerConfig, wan_1_3b, wan_14b
 from refalign_jax.sharding import (
     bytes_per_device,
@@ -43,14 +44,23 @@ def mesh_of(data: int, fsdp: int, context: int = 1, tensor: int = 1, slices: int
 
 
 @functools.cache
-def one_step(references: int, shape: tuple[int, ...]):
+def one_step(references: int, shape: tuple[int, ...], masked: bool = False, accumulation: int = 1):
     """Metrics, gradient (the first moment is a tenth of it) and parameters after a step on this mesh, and its HLO."""
-    config = Config(model=WIDE, optimizer=OptimizerConfig(clip=0))
+    alignment = dataclasses.replace(
+        WIDE.alignment, center_targets="dataset" if masked else "none", subject_patches_only=masked
+    )
+    config = Config(
+        model=dataclasses.replace(WIDE, alignment=alignment),
+        optimizer=OptimizerConfig(clip=0, accumulation=accumulation),
+    )
     mesh = mesh_of(*shape)
     state = init_state(tiny.params(WIDE), jax.random.key(0), config)
     places = state_sharding(state, mesh)
     counts = [min(count, references) for count in (3, 2, 0, 1, 3, 3, 1, 2)]
     batch = tiny.batch(counts, references, config=WIDE, grid=(3, 6, 10))  # 45 video tokens, 15 of each reference
+    if masked:
+        mask = jax.random.bernoulli(jax.random.key(2), 0.6, batch.vfm_features.shape[:3])
+        batch = batch._replace(patches=SubjectPatches(mask, jax.random.normal(jax.random.key(3), (8, 8))))
     noise = jax.random.normal(jax.random.key(1), batch.video_latents.shape)
     index = jnp.array([900, 100, 500, 700, 999, 0, 300, 820])
     inputs = jax.device_put(state, places), *to_devices((batch, noise, index), mesh)
@@ -76,6 +86,16 @@ def one_step(references: int, shape: tuple[int, ...]):
 def test_every_mesh_computes_the_same(shape, references):
     expected, _ = one_step(references, (1, 1, 1, 1))
     for ours, theirs in zip(one_step(references, shape)[0], expected, strict=True):
+        ours, theirs = flatten(ours), flatten(theirs)
+        for name, value in theirs.items():
+            assert tiny.relative(ours[name], value) <= 1e-5 or np.abs(ours[name] - value).max() < 1e-12, name
+
+
+def test_masked_targets_on_a_mesh_and_in_parts():
+    expected, _ = one_step(3, (1, 1, 1, 1), masked=True)
+    plain, _ = one_step(3, (1, 1, 1, 1))
+    assert abs(expected[0]["push"] / plain[0]["push"] - 1) > 1e-3
+    for ours, theirs in zip(one_step(3, (1, 2, 2, 2), masked=True, accumulation=2)[0], expected, strict=True):
         ours, theirs = flatten(ours), flatten(theirs)
         for name, value in theirs.items():
             assert tiny.relative(ours[name], value) <= 1e-5 or np.abs(ours[name] - value).max() < 1e-12, name

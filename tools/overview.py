@@ -11,7 +11,15 @@ from tyro.conf import Positional
 from refalign_jax.command import OutputFile, run
 
 
-def overview(dataset: Positional[str], /, *, verify: bool = False, out: OutputFile = None, rows: int = 6) -> None:
+def overview(
+    dataset: Positional[str],
+    /,
+    *,
+    verify: bool = False,
+    out: OutputFile = None,
+    rows: int = 6,
+    push_examples: int = 64,
+) -> None:
     """Prints what a prepared dataset holds.
 
     Args:
@@ -19,10 +27,11 @@ def overview(dataset: Positional[str], /, *, verify: bool = False, out: OutputFi
       verify: read every shard and compare it with the manifest's SHA-256.
       out: PNG file for a contact sheet.
       rows: examples on the contact sheet.
+      push_examples: most examples from which the push that remains at perfect alignment is computed; 0 for all.
     """
     from refalign_jax.data.overview import inspect_dataset
 
-    inspect_dataset(dataset, verify=verify, out=out, rows=rows)
+    inspect_dataset(dataset, verify=verify, out=out, rows=rows, push_examples=push_examples)
 
 
 def main(arguments: list[str], prog: str) -> None:

@@ -13,6 +13,7 @@ from refalign_jax.config.checks import check_range, check_values
 
 DType = Literal["float32", "bfloat16"]
 RematPolicy = Literal["none", "dots", "narrow", "attention", "full"]
+CenterTargets = Literal["none", "reference", "dataset"]
 AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
 
 
@@ -188,6 +189,10 @@ class AlignmentConfig:
       normalize_targets: Subtract each channel's mean over the reference's tokens from the targets and divide by its
         standard deviation there, as iREPA does.
       target_mean_removed: Fraction of that mean that is subtracted.
+      center_targets: Subtract a mean from the targets, so that those of different subjects no longer share a direction:
+        `reference`, the mean over the tokens of the reference that show its subject; `dataset`, the mean over all such
+        tokens of the dataset.
+      subject_patches_only: Leave tokens that show no subject, such as white padding, out of L₊ and L₋.
       stop_step: Training step from which on the alignment loss is left out (HASTE, arXiv 2505.16792); 0 for never.
     """
 
@@ -202,6 +207,8 @@ class AlignmentConfig:
     projector: Literal["mlp", "conv"] = "mlp"
     normalize_targets: bool = False
     target_mean_removed: float = 1.0
+    center_targets: CenterTargets = "none"
+    subject_patches_only: bool = False
     stop_step: int = 0
 
     def __post_init__(self) -> None:
@@ -212,6 +219,16 @@ class AlignmentConfig:
         check_range(self, "pull_margin", "push_margin", least=0, most=2)
         check_range(self, "target_mean_removed", least=0, most=1)
         check_range(self, "stop_step", least=0, below=2**31)
+        if self.normalize_targets and self.center_targets != "none":
+            raise ValueError(
+                f"AlignmentConfig.normalize_targets subtracts a mean already; choose it or center_targets="
+                f"{self.center_targets!r}."
+            )
+
+    @property
+    def needs_subject_mask(self) -> bool:
+        """Whether the loss depends on which tokens show a subject."""
+        return self.weight > 0 and (self.subject_patches_only or self.center_targets != "none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

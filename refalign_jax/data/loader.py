@@ -38,14 +38,15 @@ from absl import flags
 from refalign_jax.config import FIELDS, MAX_TEXT_LENGTH, DataConfig
 from refalign_jax.data.examples import MASK, Spec, fill
 from refalign_jax.data.shards import CorruptRecordError
-from refalign_jax.types import Int
+from refalign_jax.types import Float, Int
 
 Rows = dict[str, np.ndarray]
 """A batch in the memory of one process, B rows of the global batch:
 
 video_latents [B,F,H,W,C] · reference_latents [B,R,H,W,C] · num_references [B] int32 · subject_ids [B,R] int32, -1 where
 padded · text [B,S,text_width] · vfm_features [B,R,P,E] · ids [B] str · index [B] int64, the example's number in the
-dataset; subject_mask [B,R,P] bool, where the dataset has it. References and text are padded by a suffix of zeros.
+dataset; subject_mask [B,R,P] bool, where the dataset has it; target_mean [B,E], where it was given. References and text
+are padded by a suffix of zeros.
 """
 
 _ENDLESS = 2**52
@@ -194,6 +195,7 @@ def make_loader(
     split: Literal["train", "held_out"] = "train",
     process_index: int = 0,
     process_count: int = 1,
+    target_mean: Float[np.ndarray, " E"] | None = None,
 ) -> BatchIterator:
     """Returns the batches of one process.
 
@@ -207,6 +209,7 @@ def make_loader(
       split: "train", or "held_out", the last `config.held_out` examples.
       process_index: jax.process_index().
       process_count: jax.process_count().
+      target_mean: of the dataset's VFM tokens, as `targets.target_mean` returns it; given to every row.
 
     Raises:
       ValueError: a batch that the processes do not divide, no examples in the split, or text that would be cut.
@@ -228,7 +231,7 @@ def make_loader(
         )
     train = split == "train"
     order = _Order(config.shuffle_seed if train else None, [(0, size)])
-    read = _Read(config, source, 0 if train else start, size)
+    read = _Read(config, source, 0 if train else start, size, target_mean)
     return BatchIterator(config, order, read, process_index, process_count)
 
 
@@ -305,10 +308,14 @@ class _Read:
       source: the examples.
       first: index of the split's first example; the training split begins at 0 and passes over what is held out.
       size: number of examples in the split.
+      target_mean: as in `make_loader`.
     """
 
-    def __init__(self, config: DataConfig, source: Source, first: int, size: int) -> None:
+    def __init__(
+        self, config: DataConfig, source: Source, first: int, size: int, target_mean: np.ndarray | None
+    ) -> None:
         self._config, self.source, self.first, self.size = config, source, first, size
+        self._target_mean = target_mean
         self._gap = config.first_held_out(len(source)) if size == len(source) - config.held_out else len(source)
 
     def __call__(self, places: Int[np.ndarray, " B"]) -> dict[str, Any]:
@@ -323,6 +330,8 @@ class _Read:
         }
         if self.source.spec.subject_mask:
             batch[MASK] = np.zeros((B, R, self.source.spec.vfm_tokens), bool)
+        if self._target_mean is not None:
+            batch["target_mean"] = np.tile(self._target_mean, (B, 1))
         for row, place in enumerate(places.tolist()):
             index, arrays, about = self._readable(place, corrupt)
             if row == 0:

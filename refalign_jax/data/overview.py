@@ -15,11 +15,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from refalign_jax.atomic import atomic_write
-from refalign_jax.config import FIELDS
+from refalign_jax.config import FIELDS, AlignmentConfig
 from refalign_jax.data.colours import principal_colours
-from refalign_jax.data.examples import fill
+from refalign_jax.data.examples import MASK, fill
 from refalign_jax.data.manifest import Manifest, read_manifest
 from refalign_jax.data.shards import ShardSource, verify_shards
+from refalign_jax.data.targets import PUSH_EXAMPLES, remaining_pushes
 
 
 def describe(manifest: Manifest) -> str:
@@ -37,6 +38,7 @@ def describe(manifest: Manifest) -> str:
         f"examples    {manifest.num_examples} in {len(shards)} shards, {size / 1e9:.3f} GB"
         + ("" if manifest.complete else "; unfinished"),
         *(f"{name:18s} {shapes[name]:22s} {getattr(manifest.storage, name)}" for name in FIELDS),
+        f"{MASK:18s} " + (f"[R, {spec.vfm_tokens}]" if spec.subject_mask else "not known"),
         f"stored VFM targets, mean cosine to the given ones {manifest.vfm_cosine:.6f}",
     ]
     references = collections.Counter(count for shard in shards for count in shard.references)
@@ -77,20 +79,30 @@ def contact_sheet(source: ShardSource, rows: int) -> Figure:
     return figure
 
 
-def inspect_dataset(dataset: str, *, verify: bool = False, out: Path | None = None, rows: int = 6) -> None:
-    """Prints what a prepared dataset contains.
+def inspect_dataset(
+    dataset: str, *, verify: bool = False, out: Path | None = None, rows: int = 6, push_examples: int = PUSH_EXAMPLES
+) -> None:
+    """Prints what a prepared dataset contains, and the push that remains at perfect alignment on it.
 
     Args:
       dataset: its folder, local or gs://.
       verify: read every shard and compare its SHA-256 with the manifest's.
       out: PNG file to write a contact sheet to.
       rows: number of examples on the contact sheet.
+      push_examples: largest number of examples from which the remaining push is computed; 0 for all.
 
     Raises:
       ValueError: no such dataset, one whose shards are not as they were written, or a file that can't be a PNG.
     """
     manifest = read_manifest(dataset)
+    if push_examples < 0:
+        raise ValueError(f"--push-examples {push_examples} must be 0, for all, or more.")
     print(describe(manifest))
+    if manifest.complete and manifest.num_examples:
+        try:
+            print(remaining_pushes(ShardSource(dataset), AlignmentConfig(), push_examples))
+        except ValueError as error:  # finding damaged shards is what `verify` is for
+            print(f"push        can't be computed: {error}")
     if verify:
         problems = verify_shards(dataset)
         if problems:

@@ -76,7 +76,7 @@ def _train_runner(config: Config, mesh: Mesh) -> Runner:
     empty_text = jax.device_put(preflight.empty_text(config, source), replicated(mesh))
 
     def loader() -> contextlib.closing[BatchIterator]:
-        return contextlib.closing(open_loader(config.data, source, "train"))
+        return contextlib.closing(open_loader(config, source, "train"))
 
     shapes = state_shapes(config, mesh)
     program: Any
@@ -93,7 +93,7 @@ def _train_runner(config: Config, mesh: Mesh) -> Runner:
 
             def step() -> Any:
                 nonlocal state
-                state, metrics = program(state, as_batch(next(rows), mesh), empty_text)
+                state, metrics = program(state, as_batch(next(rows), mesh, config.model.alignment), empty_text)
                 return metrics
 
             yield step

@@ -47,15 +47,16 @@ def held_out_batches(config: Config, source: Source, mesh: Mesh) -> Iterator[tup
 
     The last batch is filled up with the first examples again; the index of these rows is -1.
     """
-    data = dataclasses.replace(config.data, num_workers=0)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))
+    data = config.data
     first = data.first_held_out(len(source))
-    with contextlib.closing(open_loader(data, source, "held_out")) as loader:
+    with contextlib.closing(open_loader(config, source, "held_out")) as loader:
         for start in range(0, data.held_out, data.batch_size):
             rows = next(loader)
             count = len(rows["index"])
             position = start + jax.process_index() * count + np.arange(count)
             place = np.where(position < data.held_out, rows["index"] - first, -1).astype(np.int32)
-            yield as_batch(rows, mesh), to_devices(place, mesh)
+            yield as_batch(rows, mesh, config.model.alignment), to_devices(place, mesh)
 
 
 def held_out_losses(params: Params, config: Config, source: Source, mesh: Mesh) -> dict[str, float]:

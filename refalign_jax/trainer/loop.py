@@ -95,7 +95,7 @@ def train_steps(state: TrainState, run: Run, log: Log, stop: threading.Event, gu
     with contextlib.closing(profiler):
         for done in range(int(state.step) + 1, config.train.steps + 1):
             rows = next_rows(state, run, log)
-            batch = as_batch(rows, mesh)
+            batch = as_batch(rows, mesh, config.model.alignment)
             profiler.step(state.step)
             state, metrics = program(state, batch, run.empty_text)
 

@@ -17,11 +17,12 @@ import jax
 import numpy as np
 
 from refalign_jax import flops
-from refalign_jax.config import Config, DataConfig, flat_fields
+from refalign_jax.config import Config, flat_fields
 from refalign_jax.data.examples import Spec
 from refalign_jax.data.loader import BatchIterator, Source, make_loader
 from refalign_jax.data.shards import ShardSource, read_manifest
 from refalign_jax.data.synthetic import SyntheticSource
+from refalign_jax.data.targets import target_mean
 from refalign_jax.encoders.interface import VideoCodec
 from refalign_jax.types import Float
 
@@ -89,6 +90,11 @@ def check_data(config: Config, source: Source, name: str) -> None:
         )
     if rows is not None and len(rows) > config.data.text_length:
         found.append(f"data.text_length is {config.data.text_length}, but the manifest's empty_text has {len(rows)}")
+    if config.model.alignment.needs_subject_mask and not source.spec.subject_mask:
+        found.append(
+            "they have no subject masks, which model.alignment.center_targets and subject_patches_only need; prepare "
+            "them again in another folder"
+        )
     if config.data.held_out >= len(source):
         found.append(
             f"data.held_out is {config.data.held_out} of {len(source)} examples, which leaves none to train on"
@@ -255,7 +261,9 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], path: str) 
     Raises:
       ValueError: differences that make it another run, all of them listed.
     """
-    before, after = flat_fields(saved), flat_fields(now)
+    # What an older version did not save is what its runs did: a new field's default.
+    before = flat_fields(dataclasses.asdict(Config())) | flat_fields(saved)
+    after = flat_fields(now)
     had_ema, has_ema = (bool(fields.get("optimizer.ema_decay", 0)) for fields in (before, after))
     fatal: list[str] = []
     allowed: list[str] = []
@@ -281,6 +289,10 @@ def example_shape(config: Config, source: Source) -> flops.Shape:
     )
 
 
-def open_loader(data: DataConfig, source: Source, part: Literal["train", "held_out"]) -> BatchIterator:
+def open_loader(config: Config, source: Source, part: Literal["train", "held_out"]) -> BatchIterator:
     """This process's share of the batches."""
-    return make_loader(data, source, split=part, process_index=jax.process_index(), process_count=jax.process_count())
+    alignment, mean = config.model.alignment, None
+    if alignment.needs_subject_mask and alignment.center_targets == "dataset":
+        mean = target_mean(source, config.data.grown_from or len(source))
+    place: Any = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    return make_loader(config.data, source, split=part, target_mean=mean, **place)

@@ -71,7 +71,7 @@ def open_run(config: Config, source: Source | None = None) -> Iterator[Run]:
         source = preflight.open_source(config)
     codec = preflight.preview_codec(config, source)
     empty_text = jax.device_put(preflight.empty_text(config, source), replicated(mesh))
-    with contextlib.closing(preflight.open_loader(config.data, source, "train")) as loader:
+    with contextlib.closing(preflight.open_loader(config, source, "train")) as loader:
         folder = preflight.check_folder(config.train.folder, "train.folder")
         made = about()
         place = config.train.checkpoint_folder or Path(folder) / "checkpoints"

@@ -18,7 +18,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from refalign_jax.config import FIELDS, Config, DropoutConfig
+from refalign_jax.alignment import SubjectPatches
+from refalign_jax.config import FIELDS, AlignmentConfig, Config, DropoutConfig
 from refalign_jax.data.examples import Spec
 from refalign_jax.objective import Batch, Terms, objective
 from refalign_jax.sharding import BATCH, replicated, to_devices
@@ -136,9 +137,13 @@ def mean_terms(terms: Terms, batch: Batch) -> dict[str, Array]:
     return means
 
 
-def as_batch(rows: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:
+def as_batch(rows: Mapping[str, np.ndarray], mesh: Mesh, config: AlignmentConfig) -> Batch:
     """The global batch on the devices, from the rows that each process's loader gave; every sample is aligned."""
-    arrays = {**rows, "aligned": np.ones(len(rows["num_references"]), bool)}
+    arrays: dict[str, Any] = {**rows, "aligned": np.ones(len(rows["num_references"]), bool), "patches": None}
+    if config.needs_subject_mask:
+        mask: Any = rows["subject_mask"]
+        mean: Any = rows.get("target_mean")
+        arrays["patches"] = SubjectPatches(mask, mean)
     return Batch(**to_devices({name: arrays[name] for name in Batch._fields}, mesh))
 
 
@@ -160,8 +165,10 @@ def batch_shapes(config: Config, spec: Spec, mesh: Mesh) -> Batch:
         "subject_ids": (R,),
         "vfm_features": (R, spec.vfm_tokens, spec.vfm_width),
         "aligned": (),
+        "mask": (R, spec.vfm_tokens),
+        "mean": (spec.vfm_width,),
     }
-    dtypes = {"num_references": "int32", "subject_ids": "int32", "aligned": "bool"}
+    dtypes = {"num_references": "int32", "subject_ids": "int32", "aligned": "bool", "mask": "bool", "mean": "float32"}
     for name in FIELDS:
         stored = getattr(spec.storage, name)
         dtypes[name] = "float32" if data.dtype == "float32" or stored == "int8" else stored
@@ -171,7 +178,10 @@ def batch_shapes(config: Config, spec: Spec, mesh: Mesh) -> Batch:
         shape = (data.batch_size, *shapes[name])
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtypes[name]), sharding=sharding)
 
-    return Batch(**{name: of(name) for name in Batch._fields})
+    alignment, patches = config.model.alignment, None
+    if alignment.needs_subject_mask:
+        patches = SubjectPatches(of("mask"), of("mean") if alignment.center_targets == "dataset" else None)
+    return Batch(**{name: of(name) for name in Batch._fields if name != "patches"}, patches=patches)
 
 
 def lower_step(state: TrainState, batch: Batch, empty_text: Any, config: Config, mesh: Mesh) -> jax.stages.Lowered:

@@ -248,6 +248,12 @@ def test_a_run_goes_on_with_other_settings_but_not_as_another_model(tmp_path):
     config = recipe(tmp_path)
     saved = json.loads(json.dumps(dataclasses.asdict(config)))
     assert check_same_run(saved, dataclasses.asdict(config), "x") == []
+    older = json.loads(json.dumps(saved))
+    del older["model"]["alignment"]["center_targets"], older["train"]["verify_checkpoints"]
+    assert check_same_run(older, dataclasses.asdict(config), "x") == []
+    centred = dataclasses.replace(MODEL, alignment=dataclasses.replace(MODEL.alignment, center_targets="reference"))
+    with pytest.raises(ValueError, match=r"model\.alignment\.center_targets was 'none', now it is 'reference'"):
+        check_same_run(older, dataclasses.asdict(dataclasses.replace(config, model=centred)), "x")
 
     def changed(**parts):
         values = {name: dataclasses.replace(getattr(config, name), **fields) for name, fields in parts.items()}

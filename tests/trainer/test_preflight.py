@@ -68,3 +68,16 @@ def test_without_a_dataset_there_are_no_sizes(tmp_path):
         fit_to_dataset(Config())
     with pytest.raises(ValueError, match=r"manifest\.json can't be read .No such file"):
         fit_to_dataset(Config(data=DataConfig(path=str(tmp_path / "none"))))
+
+
+def test_masks_that_are_missing_are_named_where_the_loss_needs_them(dataset):
+    config = fit_to_dataset(recipe(dataset))
+    for changes in ({"center_targets": "dataset"}, {"subject_patches_only": True}):
+        alignment = dataclasses.replace(config.model.alignment, **changes)
+        masked = dataclasses.replace(config, model=dataclasses.replace(config.model, alignment=alignment))
+        with pytest.raises(
+            ValueError, match=r"they have no subject masks, which .* need; prepare them again in another"
+        ):
+            open_source(masked)
+        off = dataclasses.replace(masked.model, alignment=dataclasses.replace(alignment, weight=0.0))
+        open_source(dataclasses.replace(masked, model=off))

@@ -39,7 +39,7 @@ from refalign_jax.sharding import make_mesh, replicated
 from refalign_jax.trainer.compare import differences
 from refalign_jax.trainer.log import read_metrics
 from refalign_jax.trainer.loop import train
-from refalign_jax.trainer.preflight import open_source
+from refalign_jax.trainer.preflight import open_loader, open_source
 from refalign_jax.trainer.state import init_state
 from refalign_jax.trainer.step import as_batch, batch_shapes, draw, drop_conditions, mean_gradient, train_step
 
@@ -88,7 +88,7 @@ def golden_run(golden, tmp_path_factory):
     )
     loader = make_loader(config.data, ShardSource(data))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    batch = as_batch(next(loader), mesh)
+    batch = as_batch(next(loader), mesh, config.model.alignment)
     loader.close()
     table = model_table(config.model.dit, config.model.alignment)
     params = to_ours(table, model_shapes(config.model), open_weights(folder / "weights.safetensors"))
@@ -313,13 +313,37 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_examples(tmp_path):
     assert [r["loss"] is None for r in records] == [False] * 6 + [True] * 3
 
 
+def test_a_run_with_masked_and_centred_targets_goes_on_where_it_stopped(tmp_path):
+    """The mean of the targets is found again, so that a run that stopped equals one that did not."""
+    alignment = dataclasses.replace(MODEL.alignment, center_targets="dataset", subject_patches_only=True)
+    model = dataclasses.replace(MODEL, alignment=alignment)
+    settings = {"steps": 3, "save_every": 2, "held_out_every": 3, "preview_every": 0}
+    whole, parts = (
+        dataclasses.replace(recipe(tmp_path / name, **settings), model=model, optimizer=OptimizerConfig())
+        for name in ("whole", "parts")
+    )
+    train(whole)
+    train(dataclasses.replace(parts, train=dataclasses.replace(parts.train, steps=2)))
+    train(parts)
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl")[-1] for name in ("whole", "parts"))
+    assert one["step"] == two["step"] == 3
+    assert one["push"] > 0
+    assert [one[n] for n in ("loss", "push", "held_out_push")] == [two[n] for n in ("loss", "push", "held_out_push")]
+
+
 def test_batches_have_the_shapes_that_the_step_is_compiled_for(tmp_path):
     config, mesh = recipe(tmp_path), make_mesh(recipe(tmp_path).mesh)
-    for dtype in ("stored", "float32"):
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, dtype=dtype))
+    for dtype, options in (
+        ("stored", {}),
+        ("float32", {"subject_patches_only": True}),
+        ("stored", {"center_targets": "dataset"}),
+    ):
+        model = dataclasses.replace(MODEL, alignment=dataclasses.replace(MODEL.alignment, **options))
+        config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, dtype=dtype))
         source = open_source(config)
-        with contextlib.closing(make_loader(config.data, source)) as loader:
-            batch = as_batch(next(loader), mesh)
-        for name, shape in batch_shapes(config, source.spec, mesh)._asdict().items():
-            array = getattr(batch, name)
-            assert (array.shape, array.dtype, array.sharding) == (shape.shape, shape.dtype, shape.sharding), name
+        with contextlib.closing(open_loader(config, source, "train")) as loader:
+            batch = as_batch(next(loader), mesh, config.model.alignment)
+        shapes = batch_shapes(config, source.spec, mesh)
+        assert jax.tree.structure(batch) == jax.tree.structure(shapes)
+        for array, shape in zip(*map(jax.tree.leaves, (batch, shapes)), strict=True):
+            assert (array.shape, array.dtype, array.sharding) == (shape.shape, shape.dtype, shape.sharding), shape
