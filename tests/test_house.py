@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data",),
     ("trainer",),
     ("inference", "verify"),
-    ("perf", "report"),
+    ("perf", "report", "evaluate"),
     ("demo",),
     ("tools",),
 )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from refalign_jax.convert.forms import View
-from refalign_jax.convert.table import LINEAR, Entry, Tensors, convolution
+from refalign_jax.convert.table import LINEAR, Entry, convolution
 from refalign_jax.models.efficientnet import EfficientNetConfig
 
 _NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "variance": "running_var"}
@@ -24,11 +23,6 @@ def efficientnet_table(config: EfficientNetConfig) -> list[Entry]:
         entries += _conv_norm(f"{ours}/filter", f"{theirs}_depthwise_conv", f"{theirs}_bn1")
         entries += _conv_norm(f"{ours}/narrow", f"{theirs}_project_conv", f"{theirs}_bn2")
     return entries
-
-
-def without_counters(weights: Tensors) -> Tensors:
-    """Leaves out torch's `num_batches_tracked`, whole numbers that only its training uses."""
-    return View(weights, {name: name for name in weights.shapes if not name.endswith(".num_batches_tracked")})
 
 
 def _conv_norm(ours: str, conv: str, norm: str) -> list[Entry]:

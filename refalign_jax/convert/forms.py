@@ -96,6 +96,11 @@ class View:
         return (value.reshape(within) * scale.reshape(across)).reshape(value.shape)
 
 
+def without_counters(tensors: Tensors) -> Tensors:
+    """Leaves out torch's `num_batches_tracked`, whole numbers of batch normalisations that only its training uses."""
+    return View(tensors, {name: name for name in tensors.shapes if not name.endswith(".num_batches_tracked")})
+
+
 def blocks(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, ...] | None:
     """In how many blocks a scale divides each axis of a weight; None where it does not.
 

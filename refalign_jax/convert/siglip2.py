@@ -4,19 +4,9 @@ from __future__ import annotations
 
 from refalign_jax.convert.forms import View
 from refalign_jax.convert.table import Entry, Layout, Tensors, convolution
-from refalign_jax.convert.vit import block_entries
+from refalign_jax.convert.vit import CLIP_BLOCK, block_entries
 from refalign_jax.models.siglip2 import SigLIP2Config
 
-_BLOCK = {
-    "attention_norm": "layer_norm1",
-    "mlp_norm": "layer_norm2",
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "out": "self_attn.out_proj",
-    "mlp_in": "mlp.fc1",
-    "mlp_out": "mlp.fc2",
-}
 _PREFIX, _OTHERS = "vision_model.", ("text_model.", "logit_scale", "logit_bias")
 
 
@@ -30,7 +20,7 @@ def siglip2_table(config: SigLIP2Config) -> list[Entry]:
         Entry("position_embedding", "embeddings.position_embedding.weight"),
         Entry("norm/scale", "post_layernorm.weight"),
         Entry("norm/bias", "post_layernorm.bias"),
-        *block_entries(config, "encoder.layers.{i}", _BLOCK),
+        *block_entries(config, "encoder.layers.{i}", CLIP_BLOCK),
     ]
 
 

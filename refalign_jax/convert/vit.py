@@ -7,6 +7,18 @@ from collections.abc import Mapping
 from refalign_jax.convert.table import LINEAR, SAME, Entry
 from refalign_jax.models.vit import ViTConfig
 
+CLIP_BLOCK: Mapping[str, str] = {
+    "attention_norm": "layer_norm1",
+    "mlp_norm": "layer_norm2",
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "out": "self_attn.out_proj",
+    "mlp_in": "mlp.fc1",
+    "mlp_out": "mlp.fc2",
+}
+"""The names that transformers gives to the parts of a block of CLIP and of SigLIP."""
+
 
 def block_entries(config: ViTConfig, stem: str, names: Mapping[str, str]) -> list[Entry]:
     """The table of the stacked blocks.

@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from refalign_jax.convert.efficientnet import efficientnet_table, without_counters
+from refalign_jax.convert.efficientnet import efficientnet_table
 from refalign_jax.convert.files import open_weights
+from refalign_jax.convert.forms import without_counters
 from refalign_jax.convert.table import Tensors, to_ours
 from refalign_jax.encoders.network import in_batches, replicate
 from refalign_jax.models import efficientnet

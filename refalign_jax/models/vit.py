@@ -39,6 +39,7 @@ Resampling = Literal["bicubic", "bicubic_antialias", "bilinear_antialias"]
 _ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "silu": jax.nn.silu,
 }
 
@@ -61,7 +62,8 @@ class ViTConfig:
       proj_bias: whether the attention's output projection has a bias.
       mlp_bias: whether the projections of the MLP have biases.
       use_gated_mlp: whether the MLP is gated.
-      hidden_act: activation of the MLP: gelu, the exact one with erf; gelu_pytorch_tanh, its approximation; or silu.
+      hidden_act: activation of the MLP: gelu, the exact one with erf; gelu_pytorch_tanh and quick_gelu, which are
+        approximations of it; or silu.
       compute_dtype: dtype of the matrix products; norms, softmax, RoPE and the residual stream are float32.
     """
 
