@@ -16,6 +16,7 @@ from refalign_jax.report.content import Chart, Section
 from refalign_jax.report.measures import tokens_section
 from refalign_jax.report.render import render
 from refalign_jax.report.run import Run, read_run
+from refalign_jax.report.targets import targets_section
 
 
 def write_report(run: Path, out: Path, compare: Sequence[tuple[Path, Path]] = ()) -> None:
@@ -41,6 +42,7 @@ def write_report(run: Path, out: Path, compare: Sequence[tuple[Path, Path]] = ()
         ("samples", "Subjects and sampled videos", lambda: sections.samples(read)),
         ("evaluation", "Evaluation", lambda: sections.evaluation(read.evaluation)),
         ("tokens", "Reference tokens", lambda: tokens_section(read)),
+        ("targets", "Targets and push", lambda: targets_section(read)),
     ]
     if pairs:
         parts.append(("comparison", "With and without alignment", lambda: comparison(pairs)))

@@ -39,6 +39,7 @@ def test_everything_is_there_and_nothing_comes_from_elsewhere(report):
         "#samp",
         "#eval",
         "#toke",
+        "#targ",
         "#comp",
     }
     assert "http" not in re.sub(r"base64,[^\"]*", "", source)
@@ -51,6 +52,7 @@ def test_everything_is_there_and_nothing_comes_from_elsewhere(report):
         "0.875",
         "48 reference tokens of 3 subjects, out of 8 held-out examples",
         "Nearest-neighbour subject accuracy is ",
+        "Means of 4 examples of two subjects or more",
         "seed 1",
         "Not every run of the pairs has an evaluation.json",
     ):
