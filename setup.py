@@ -40,6 +40,7 @@ setup(
         "numpy>=2.0,<3",
         "jaxtyping>=0.3,<0.4",
         "safetensors>=0.6,<0.9",
+        "xxhash>=3.5,<5",
         "tyro>=1.0,<2",
         "rich>=13,<16",
         "tqdm>=4.66,<5",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
+import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,14 +19,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
     """Yields a temporary path beside `path`, which takes its name when the block ends and is removed when it raises.
 
     Args:
-      path: of the file, local or `gs://`; its folder exists. A file that is there is replaced.
+      path: of the file, local or `gs://`; its folder exists. A file that is there is replaced. What a killed process of
+        this host left of it is removed.
 
     Raises:
       OSError: the file can't be written, naming `path`; what was there before stays. An OSError without a number,
         which is a sentence of this package, passes as it is.
     """
     final = epath.Path(path)
-    temporary = final.parent / f".{final.name}.{os.getpid()}.partial"
+    temporary = partial_path(final)
+    remove_partials(final)
     try:
         yield temporary
         if "://" not in os.fspath(final):
@@ -47,6 +52,41 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def partial_path(path: epath.Path) -> epath.Path:
+    """The name beside a path under which a file or folder is written; it names this host and this process."""
+    return path.parent / f"{_partial_prefix(path)}{os.getpid()}.partial"
+
+
+def _partial_prefix(path: epath.Path) -> str:
+    host = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+    return f".{path.name}.{host}-"
+
+
+def remove_partials(path: epath.Path) -> None:
+    """Removes what this process, or a process of this host that no longer exists, left of a local file or folder."""
+    prefix = _partial_prefix(path)
+    with contextlib.suppress(OSError):
+        for left in [] if "://" in os.fspath(path) else os.scandir(path.parent):
+            found = re.match(r"(\d+)\.partial", left.name[len(prefix) :]) if left.name.startswith(prefix) else None
+            if found is None or (int(found[1]) != os.getpid() and _exists(int(found[1]))):
+                continue
+            if left.is_dir(follow_symlinks=False):
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                os.unlink(left)
+
+
+def _exists(process: int) -> bool:
+    """Whether there is a process of this number on this host."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is another user's
+        pass
+    return True
 
 
 def first_line(error: BaseException) -> str:

@@ -7,8 +7,13 @@ mistakes are shown at once. `refalign NAME …` and `python tools/NAME.py …` r
 
 from __future__ import annotations
 
+from refalign_jax.interrupt import INTERRUPTED
+
+# isort: split
 import ast
 import contextlib
+import dataclasses
+import difflib
 import importlib.util
 import io
 import logging
@@ -28,7 +33,7 @@ import tyro
 from tyro.conf import arg
 
 from refalign_jax.atomic import first_line
-from refalign_jax.config import Config, read_recipe
+from refalign_jax.config import Config, flat_fields, read_recipe
 
 Main = Callable[[list[str], str], int | None]
 """A command: its arguments, and the name under which it was called; returns the exit code."""
@@ -37,9 +42,6 @@ OutputFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(def
 """A file that is written only if it is named."""
 
 _PACKAGE = Path(__file__).parent
-INTERRUPTED = "Interrupted; start the same command again to continue."
-"""The last line of a command that Ctrl-C ended; its exit code is 130."""
-
 TOOLS = next(filter(Path.is_dir, (_PACKAGE / "tools", _PACKAGE.parent / "tools")), _PACKAGE / "tools")
 """The commands: inside of the package when it is installed, beside it in a clone."""
 
@@ -130,16 +132,34 @@ def override(config: Config, fields: Sequence[str]) -> Config:
     """A configuration with some fields changed, each given as name=value; the values of a tuple are split by commas.
 
     Raises:
-      ValueError: an argument that is not name=value; tyro exits where there is no such field or it has no such value.
+      ValueError: an argument that is not name=value, or no such field; tyro exits where it can't have such a value.
     """
     arguments: list[str] = []
+    known = flat_fields(dataclasses.asdict(config))
     for field in fields:
         name, equals, value = field.partition("=")
         if not equals:
             raise ValueError(f"{field!r} names no value; give a field and its value, as in model.dit.remat=full.")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 3)
+            raise ValueError(f"There is no field {name!r}{'; near it are ' * bool(near)}{', '.join(near)}.")
         switch = {"true": f"--{name}", "false": f"--{'.no-'.join(name.rpartition('.')[::2])}"}.get(value.lower())
         arguments += [switch] if switch else [f"--{name}", *value.split(",")]
     return tyro.cli(Config, default=config, args=arguments, prog="NAME=VALUE")
+
+
+def require(path: str | Path, what: str) -> None:
+    """Checks that something local is there, before what reads it is imported, which takes seconds.
+
+    Args:
+      path: as the user gave it; one of an object store is not looked for.
+      what: what it should be, for the message, such as "weights".
+
+    Raises:
+      ValueError: nothing is there.
+    """
+    if "://" not in str(path) and not Path(path).exists():
+        raise ValueError(f"{path} does not exist; expected {what}.")
 
 
 def _summary(name: str) -> str:

@@ -77,6 +77,8 @@ def exclusive(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
 
 def check_free(folder: str | os.PathLike[str], what: str) -> None:
     """Raises what `exclusive` raises if a folder is in use, so that a long preparation does not begin in vain."""
+    if "://" not in os.fspath(folder) and Path(folder).is_file():
+        raise OSError(f"{folder} is a file; name a folder to write into.")
     if epath.Path(folder).exists():
         with exclusive(folder, what):
             pass
@@ -89,6 +91,8 @@ def _hold_local(folder: Path, what: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, certain = _lock(path)
+    except FileExistsError as error:
+        raise OSError(f"{folder} is a file; name a folder to write into.") from error
     except OSError as error:
         raise OSError(f"{folder} can't be written: {error.strerror or error}.") from error
 

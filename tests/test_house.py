@@ -18,7 +18,7 @@ import pytest
 from support.places import ROOT, environment
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("config", "trees", "types", "atomic", "locks", "digests", "devices", "version"),
+    ("config", "trees", "types", "atomic", "locks", "digests", "devices", "interrupt", "version"),
     ("provenance", "flops", "sharding", "command"),
     ("models",),
     ("alignment", "flow", "solvers"),
@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer",),
     ("inference", "verify"),
     ("perf", "report", "evaluate"),
-    ("demo",),
+    ("demo", "soak"),
     ("tools",),
 )
 """Rooms from the ground up; a room imports from its own floor or from those below, never from those above.

@@ -8,6 +8,9 @@ It needs no data: examples are synthetic. RECIPE is a Python file, which is exec
 configs/; after it, --help shows every field with the recipe's value.
 """
 
+from refalign_jax.command import OutputFile, override, parse_recipe, run
+
+# isort: split
 import dataclasses
 import datetime
 import json
@@ -17,7 +20,6 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from refalign_jax.atomic import write_text
-from refalign_jax.command import OutputFile, override, parse_recipe, run
 from refalign_jax.config import Config, DataConfig, Mode, Plan, SamplingConfig, SyntheticConfig, without_data
 
 GOLDEN = Path(__file__).parents[1] / "tests/golden"

@@ -5,6 +5,9 @@
 Both are compiled, run and compared: temporary memory, loss, and the relative difference of the gradients.
 """
 
+from refalign_jax.command import run
+
+# isort: split
 import time
 from typing import Any
 
@@ -14,7 +17,6 @@ import numpy as np
 import tyro
 
 from refalign_jax.alignment import alignment_loss, alignment_terms, init_projectors, make_targets, project
-from refalign_jax.command import run
 from refalign_jax.config import AlignmentConfig
 from refalign_jax.types import Array, Float, Params
 

@@ -5,6 +5,9 @@
 Each step runs in a process of its own; at the end the tensors are compared byte by byte.
 """
 
+from refalign_jax.command import run
+
+# isort: split
 import hashlib
 import multiprocessing
 import os
@@ -20,8 +23,7 @@ import numpy as np
 import tyro
 from tyro.conf import arg
 
-from refalign_jax.command import run
-from refalign_jax.config import AlignmentConfig, MeshConfig, ModelConfig, wan_1_3b, wan_14b
+from refalign_jax.config import AlignmentConfig, ExportConfig, MeshConfig, ModelConfig, wan_1_3b, wan_14b
 from refalign_jax.convert.checkpoint import read_model, restore_params, save_params
 from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.files import open_weights
@@ -63,7 +65,7 @@ def benchmark_convert(
         print(f"{first.name}: {len(shapes)} tensors, {first.stat().st_size / 2**30:.2f} GiB")
         _alone(import_weights, first, imported)
         _alone(_spread, imported, spread, fsdp)
-        _alone(export_weights, spread, last, True, "wan", 10**12)
+        _alone(export_weights, spread, last, ExportConfig(projectors=True, max_shard_gb=1e3))
         before, after = open_weights(first), open_weights(last)
         equal = all(_digest(before.read(name)) == _digest(after.read(name)) for name in shapes)
         print(f"every tensor byte-equal after all: {equal}")

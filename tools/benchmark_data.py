@@ -9,6 +9,9 @@ first as it comes, then, in turn with the loader, in the same process with the l
 freed memory, in one thread and in as many as the loader has.
 """
 
+from refalign_jax.command import run
+
+# isort: split
 import concurrent.futures
 import dataclasses
 import os
@@ -22,7 +25,6 @@ import numpy as np
 import tyro
 from grain.sources import ArrayRecordDataSource
 
-from refalign_jax.command import run
 from refalign_jax.config import FIELDS, DataConfig, Storage
 from refalign_jax.data.examples import Example, Spec
 from refalign_jax.data.loader import make_loader

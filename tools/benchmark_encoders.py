@@ -8,6 +8,9 @@ the relative difference of what they computed.
 
 from __future__ import annotations
 
+from refalign_jax.command import run
+
+# isort: split
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from refalign_jax.command import run
 from refalign_jax.encoders.umt5 import load_umt5
 from refalign_jax.encoders.vit import load_dinov3
 from refalign_jax.encoders.wan_vae import load_vae

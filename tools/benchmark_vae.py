@@ -5,6 +5,9 @@
 Memory is what the compiler plans and what the system reports.
 """
 
+from refalign_jax.command import run
+
+# isort: split
 import resource
 import time
 from pathlib import Path
@@ -15,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from refalign_jax.command import run
 from refalign_jax.data.clip_frames import resize_and_crop
 from refalign_jax.data.video import probe, read_frames, to_float
 from refalign_jax.models import vae

@@ -11,6 +11,9 @@ RECIPE is a Python file, which is executed, or the bare name of one under config
 on the CPU and needs libtpu (pip install libtpu). The exit code is 1 where nothing fits.
 """
 
+from refalign_jax.command import OutputFile, parse_recipe, run
+
+# isort: split
 import dataclasses
 import json
 import os
@@ -20,7 +23,6 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from refalign_jax.atomic import write_text
-from refalign_jax.command import OutputFile, parse_recipe, run
 from refalign_jax.config import Config
 from refalign_jax.devices import NO_TPU, XLA_FLAGS
 
@@ -109,9 +111,9 @@ def _compared(folders: tuple[Path, ...]) -> str:
 
 def _table(files: tuple[Path, ...]) -> str:
     """Reports as a Markdown table."""
+    reports = [report for path in files for report in _read(path)]
     from refalign_jax.perf import tables
 
-    reports = [report for path in files for report in _read(path)]
     try:
         return tables.table(reports)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:

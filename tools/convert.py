@@ -6,13 +6,16 @@
 Both ways read and write layer by layer; a missing, unexpected or misshapen tensor is an error, and nothing is written.
 """
 
+from refalign_jax.command import require, run
+
+# isort: split
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional, arg
 
-from refalign_jax.command import run
+from refalign_jax.config import ExportConfig
 
 
 def import_(
@@ -30,6 +33,7 @@ def import_(
       num_heads: attention heads, where neither the file nor a config.json beside it says; published Wan models have
         width / 128.
     """
+    require(weights, "published weights")
     from refalign_jax.convert.transfer import import_weights
 
     print(import_weights(weights, checkpoint, num_heads))
@@ -40,24 +44,19 @@ def export(
     weights: Positional[Path],
     /,
     *,
-    projectors: bool = False,
-    names: Literal["wan", "diffusers"] = "wan",
-    max_shard_gb: float = 10.0,
-    ema: bool = False,
+    config: Annotated[ExportConfig, arg(name="")] = ExportConfig(),  # noqa: B008 (frozen)
 ) -> None:
     """Writes a checkpoint's transformer as safetensors under the published names; dtypes are kept.
 
     Args:
       checkpoint: a checkpoint of parameters or of a training run, or a run's folder, of which the newest is taken.
-      weights: the file to write, ending in .safetensors; beyond `max_shard_gb` it becomes shards and an index.
-      projectors: include the projectors, which training continues with and inference does not need.
-      names: wan, as RefAlign and Wan2.1 publish, or diffusers.
-      max_shard_gb: largest size of one file, in 10^9 bytes.
-      ema: the moving average in place of the parameters.
+      weights: the file to write, ending in .safetensors; a larger one than max_shard_gb becomes shards and an index.
+      config: how.
     """
+    require(checkpoint, "a checkpoint or a run's folder")
     from refalign_jax.convert.transfer import export_weights
 
-    print(export_weights(checkpoint, weights, projectors, names, int(max_shard_gb * 1e9), ema))
+    print(export_weights(checkpoint, weights, config))
 
 
 def main(arguments: list[str], prog: str) -> None:

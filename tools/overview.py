@@ -5,10 +5,11 @@
 The contact sheet shows the latents' first three principal components as colours, since no decoder is needed for them.
 """
 
+from refalign_jax.command import OutputFile, require, run
+
+# isort: split
 import tyro
 from tyro.conf import Positional
-
-from refalign_jax.command import OutputFile, run
 
 
 def overview(
@@ -29,6 +30,7 @@ def overview(
       rows: examples on the contact sheet.
       push_examples: most examples from which the push that remains at perfect alignment is computed; 0 for all.
     """
+    require(f"{dataset}/manifest.json", "the manifest of a prepared dataset")
     from refalign_jax.data.overview import inspect_dataset
 
     inspect_dataset(dataset, verify=verify, out=out, rows=rows, push_examples=push_examples)

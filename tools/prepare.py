@@ -8,13 +8,15 @@ The kind of the records, one of the subcommands, need not be named where the fil
 named; dct, words and daisy are stand-ins without weights, for trying things out.
 """
 
+from refalign_jax.command import require, run
+
+# isort: split
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, arg
 
-from refalign_jax.command import run
 from refalign_jax.config import PrepareConfig
 
 Flat = arg(name="")
@@ -34,6 +36,7 @@ def jsonl(
       dataset: the folder to write, local or gs://.
       config: how.
     """
+    require(records, "a JSONL file")
     from refalign_jax.data.prepare import prepare
     from refalign_jax.data.sources.jsonl import read_jsonl
 

@@ -6,13 +6,14 @@
 With --compare the page also shows, pair by pair, what alignment changed.
 """
 
+from refalign_jax.command import run
+
+# isort: split
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, arg
-
-from refalign_jax.command import run
 
 
 def report(
@@ -29,8 +30,9 @@ def report(
       out: the HTML file.
       compare: pairs of runs with the same seed, each with alignment, then without (model.alignment.weight 0).
     """
-    if not folder.is_dir():
-        raise ValueError(f"The run {folder} does not exist.")
+    for run_ in (folder, *(one for pair in compare for one in pair)):
+        if not run_.is_dir():
+            raise ValueError(f"The run {run_} does not exist; name the train.folder of a run.")
     from refalign_jax.report.page import write_report
 
     path = Path(out) if out else folder / "report.html"

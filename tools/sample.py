@@ -7,13 +7,15 @@ Started again, it continues where it stopped: it keeps a video whose prompt, ref
 they were, makes the others, and prints why.
 """
 
+from refalign_jax.command import require, run
+
+# isort: split
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, arg
 
-from refalign_jax.command import run
 from refalign_jax.config import GenerateConfig
 
 
@@ -33,6 +35,15 @@ def sample(
       out: folder for <id>.mp4, the references as the model saw them, and samples.json.
       config: how.
     """
+    for path, what in (
+        (weights, "a run's folder, a checkpoint, or published weights"),
+        (prompts, "a JSONL file"),
+        (config.dataset, "a prepared dataset"),
+        (config.vae if config.vae != "dct" else None, "the weights of --vae"),
+        (config.text_encoder if config.text_encoder != "words" else None, "the weights of --text-encoder"),
+    ):
+        if path:
+            require(path, what)
     from refalign_jax.inference.generate import generate, open_generator
     from refalign_jax.inference.outputs import SAMPLES
     from refalign_jax.inference.requests import check_references, read_requests

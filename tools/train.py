@@ -9,12 +9,15 @@ its fields; after a recipe, --help shows every field with the recipe's value. A 
 folder continues from the newest.
 """
 
+from refalign_jax.command import log_progress, parse_recipe, require, run
+
+# isort: split
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import arg
 
-from refalign_jax.command import log_progress, parse_recipe, run
 from refalign_jax.config import Config
 
 
@@ -32,6 +35,11 @@ def main(arguments: list[str], prog: str) -> None:
     """Parses, then trains."""
     given = parse_recipe(Arguments, arguments, prog, __doc__)
     log_progress()
+    data, train = given.config.data, given.config.train
+    if data.path and not Path(data.path).is_file():
+        require(f"{data.path}/manifest.json", "the manifest of a prepared dataset")
+    if train.init and not train.checkpoint_folder and not (Path(train.folder) / "checkpoints").exists():
+        require(train.init, "what train.init names: a run's folder, a checkpoint, or published weights")
     from refalign_jax.trainer import loop, preflight
 
     config = preflight.fit_to_dataset(given.config) if given.from_dataset else given.config

@@ -26,7 +26,7 @@ from refalign_jax.config.model import (
     wan_14b,
 )
 from refalign_jax.config.recipe import RECIPES, find_recipe, flat_fields, from_dict, read_recipe, without_data
-from refalign_jax.config.sample import GenerateConfig, SamplingConfig
+from refalign_jax.config.sample import ExportConfig, GenerateConfig, SamplingConfig
 from refalign_jax.config.train import Config, DropoutConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "DemoConfig",
     "DiTConfig",
     "DropoutConfig",
+    "ExportConfig",
     "FloatStorage",
     "FlowConfig",
     "GenerateConfig",

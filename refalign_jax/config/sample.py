@@ -40,6 +40,26 @@ class SamplingConfig:
         check_range(self, "num_steps", "shift", above=0)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """How a checkpoint's transformer is written as published weights."""
+
+    projectors: bool = False
+    """Include the projectors, which training continues with and inference does not need."""
+    names: Literal["wan", "diffusers"] = "wan"
+    """wan, as RefAlign and Wan2.1 publish, or diffusers."""
+    max_shard_gb: float = 10.0
+    """Largest size of one file, in 10^9 bytes."""
+    ema: bool = False
+    """The moving average in place of the parameters."""
+    verify_checkpoint: bool = True
+    """Compare the checkpoint's files with their digests before it is read."""
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        check_range(self, "max_shard_gb", above=0)
+
+
 DATASETS = "(default: the dataset's)"
 RUNS = "(default: the run's)"
 SOLVERS = f"{{{','.join(typing.get_args(SolverName))}}}"
@@ -85,11 +105,16 @@ class GenerateConfig:
     """Devices over which the parameters are split."""
     weights_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype of the stored parameters; the dtype of the computation is the model's."""
+    num_heads: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: width / 128)")] = None
+    """Attention heads of published weights, where neither the file nor a config.json beside it says."""
+    verify_checkpoint: bool = True
+    """Compare a checkpoint's files with their digests before it is read."""
 
     def __post_init__(self) -> None:
         """Refuses numbers that make no video."""
         check_values(self)
         expand_home(self, "dataset", "vae", "text_encoder")
-        check_range(self, "height", "width", "num_frames", "batch_size", "fsdp", "num_steps", "shift", above=0)
+        check_range(self, "height", "width", "num_frames", "batch_size", "fsdp", above=0)
+        check_range(self, "num_steps", "shift", "num_heads", above=0)
         check_range(self, "seed", "fps", least=0)
         check_num_frames(self)

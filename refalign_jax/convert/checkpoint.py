@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import logging
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
-from refalign_jax.atomic import first_line
+from refalign_jax.atomic import first_line, partial_path, remove_partials
 from refalign_jax.config import ModelConfig, from_dict
 from refalign_jax.convert.checksums import (
     ArraysRestore,
@@ -84,14 +85,12 @@ def save_params(path: PathLike, params: Params, config: ModelConfig) -> None:
 
     Raises:
       ValueError: the folder exists.
+      OSError: it can't be written.
     """
     folder = absolute(path)
     _check_new(folder)
-    with ocp.Checkpointer(_composite()) as checkpointer:
-        checkpointer.save(
-            folder,
-            args=ocp.args.Composite(params=save_by_layer(params), config=JsonSave(dataclasses.asdict(config))),
-        )
+    with _writing(folder):
+        _save(folder, params, config)
 
 
 def import_params(path: PathLike, params: Mapping[str, Any], config: ModelConfig) -> None:
@@ -109,18 +108,20 @@ def import_params(path: PathLike, params: Mapping[str, Any], config: ModelConfig
 
     Raises:
       ValueError: the folder exists, or what `Unread.read` raises; nothing is left behind.
+      OSError: it can't be written; nothing is left behind.
     """
     folder = absolute(path)
     _check_new(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    partial = partial_path(folder)
+    remove_partials(folder)
     try:
-        save_params(partial, jax.tree.map(_zeros, params), config)
-        jax.tree.map(_fill, _open_stores(partial, "params", write=True), params)
-        write_digests(partial / "params")
-        partial.rename(folder)
+        with _writing(folder):
+            _save(partial, jax.tree.map(_zeros, params), config)
+            jax.tree.map(_fill, _open_stores(partial, "params", write=True), params)
+            write_digests(partial / "params")
+            partial.rename(folder)
     finally:
-        for left in folder.parent.glob(f"{partial.name}*"):  # Orbax writes under a name of its own first
-            shutil.rmtree(left, ignore_errors=True)
+        remove_partials(folder)  # Orbax writes under a longer name first
 
 
 def load_params(path: PathLike, ema: bool = False, verify: bool = True) -> tuple[dict[str, Any], ModelConfig]:
@@ -136,7 +137,7 @@ def load_params(path: PathLike, ema: bool = False, verify: bool = True) -> tuple
       OSError: a file can't be read, or JAX has no device.
     """
     folder, item = find_checkpoint(path, ema)
-    return read_arrays(folder, item, verify), read_model(folder)
+    return read_arrays(folder, item, verify), read_model(folder, verify)
 
 
 def open_params(path: PathLike, ema: bool = False, verify: bool = True) -> tuple[dict[str, Any], ModelConfig]:
@@ -148,7 +149,7 @@ def open_params(path: PathLike, ema: bool = False, verify: bool = True) -> tuple
     folder, item = find_checkpoint(path, ema)
     if verify:
         verify_items(folder, (item,))
-    return _open_stores(folder, item), read_model(folder)
+    return _open_stores(folder, item), read_model(folder, verify)
 
 
 def read_arrays(folder: PathLike, item: str, verify: bool = True) -> dict[str, Any]:
@@ -221,24 +222,30 @@ def find_checkpoint(path: PathLike, ema: bool = False) -> tuple[epath.Path, str]
     return folder, item
 
 
-def read_json(folder: PathLike, item: str) -> dict[str, Any]:
+def read_json(folder: PathLike, item: str, verify: bool = True) -> dict[str, Any]:
     """One item of one checkpoint that is JSON: `config` (a `ModelConfig`, or a run's `Config`) or `progress`.
+
+    Args:
+      folder: of the checkpoint.
+      item: which.
+      verify: compare its file with its digest first.
 
     Raises:
       ValueError: it is missing or damaged.
     """
     folder = absolute(folder)
-    verify_items(folder, (item,), warn=False)
+    if verify:
+        verify_items(folder, (item,), warn=False)
     return _restore_item(folder, item, JsonRestore())
 
 
-def read_model(path: PathLike) -> ModelConfig:
-    """The model of one checkpoint.
+def read_model(path: PathLike, verify: bool = True) -> ModelConfig:
+    """The model of one checkpoint; `verify` as in `read_json`.
 
     Raises:
       ValueError: a field that this version does not know.
     """
-    values = read_json(path, "config")
+    values = read_json(path, "config", verify)
     return from_dict(ModelConfig, values.get("model", values), str(path))
 
 
@@ -248,6 +255,7 @@ def array_handler() -> ocp.PyTreeCheckpointHandler:
     Weights hardly compress, and compressing them takes four times as long. Writing copies nothing, so it needs no
     limit on the bytes in flight (with a limit, Orbax refuses any array that is larger).
     """
+    report_once()
     numpy_arrays = (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False))
     jax_arrays = (jax.Array, ocp.type_handlers.ArrayHandler())
     return DigestedArrays(
@@ -284,12 +292,12 @@ def unreadable(error: Exception, path: epath.Path) -> Exception:
     return ValueError(f"{path} can't be read ({first_line(error)}); the checkpoint is not whole.")
 
 
-@contextlib.contextmanager
-def one_error() -> Iterator[None]:
-    """Inside of the block, a file that can't be read is reported by the error that Orbax raises, and by nothing else.
+@functools.cache
+def report_once() -> None:
+    """From now on a read or write that fails is reported by the error that Orbax raises, and by nothing else.
 
     Orbax closes its event loop when it raises, and Python prints "Event loop is closed", with a traceback, for every
-    other read that ends later.
+    other read or write that ends later. Orbax also logs the traceback of every thread that fails.
     """
     before = sys.unraisablehook
 
@@ -298,10 +306,7 @@ def one_error() -> Iterator[None]:
             before(unraisable)
 
     sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
+    logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 def save_by_layer(tree: Any) -> ArraysSave:
@@ -319,6 +324,25 @@ def absolute(path: PathLike) -> epath.Path:
 def _check_new(folder: epath.Path) -> None:
     if folder.exists():
         raise ValueError(f"{folder} exists; it is not overwritten. Name another folder or remove it.")
+
+
+def _save(folder: epath.Path, params: Params, config: ModelConfig) -> None:
+    """`save_params` into a folder that is known not to exist."""
+    items = {"params": save_by_layer(params), "config": JsonSave(dataclasses.asdict(config))}
+    with ocp.Checkpointer(_composite()) as checkpointer:
+        checkpointer.save(folder, args=ocp.args.Composite(**items))
+
+
+@contextlib.contextmanager
+def _writing(folder: epath.Path) -> Iterator[None]:
+    """Raises in one sentence, as an OSError, what the operating system answers to a write."""
+    try:
+        yield
+    except (ValueError, OSError) as error:  # TensorStore raises ValueErrors that quote the operating system
+        if "[os_error_code" not in str(error) and getattr(error, "errno", None) is None:
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise OSError(f"{folder} can't be written: {reason}.") from error
 
 
 def _is_stack(array: Any) -> bool:
@@ -369,8 +393,7 @@ def _shapes(path: epath.Path, item: str) -> dict[str, Any]:
     """Names, shapes and dtypes of an item's arrays."""
     check_backend()
     try:
-        with one_error():
-            return array_handler().metadata(path / item).tree
+        return array_handler().metadata(path / item).tree
     except Exception as error:
         raise unreadable(error, path / item) from error
 
@@ -378,7 +401,7 @@ def _shapes(path: epath.Path, item: str) -> dict[str, Any]:
 def _restore_item(path: epath.Path, item: str, args: Any) -> Any:
     check_backend()
     try:
-        with one_error(), ocp.Checkpointer(_composite()) as checkpointer:
+        with ocp.Checkpointer(_composite()) as checkpointer:
             return checkpointer.restore(path, args=ocp.args.Composite(**{item: args}))[item]
     except Exception as error:
         raise unreadable(error, path / item) from error

@@ -1,9 +1,11 @@
 """Digests of the files of a checkpoint: written when it is saved, checked before it is used.
 
 Every item of a checkpoint (`params`, `ema`, `optimizer`, `config`, `progress`) holds the file `digests.json`, which is
-written before the checkpoint is committed: SHA-256 of each 4 MiB block of each of the item's files. Blocks are hashed
-by several threads, and a damaged block leads to the arrays that lie in it. Orbax's marks that a folder is committed are
-written later and hold nothing that is read; they have no digest.
+written before the checkpoint is committed: a digest of each 4 MiB block of each of the item's files. The hash is
+XXH3 of 128 bits, which finds accidental damage as surely as SHA-256 does, at ten times its speed; it is no protection
+against someone who changes files on purpose. Blocks are hashed by several threads, and a damaged block leads to the
+arrays that lie in it. Orbax's marks that a folder is committed are written later and hold nothing that is read; they
+have no digest.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import orbax.checkpoint as ocp
 import tensorstore as ts
+import xxhash
 from etils import epath
 
 from refalign_jax.atomic import first_line, write_text
@@ -27,7 +30,12 @@ BLOCK_BYTES = 4 * 2**20
 BLOCKS_PER_READ = 16
 """Blocks that one thread reads at once from one file."""
 FILE = "digests.json"
-KEY = "sha256_of_4_mib_blocks"
+KEY = "xxh3_128_of_4_mib_blocks"
+HASHES: dict[str, Callable[[bytes], str]] = {
+    KEY: xxhash.xxh3_128_hexdigest,
+    "sha256_of_4_mib_blocks": lambda block: hashlib.sha256(block).hexdigest(),  # until 2026-11-26
+}
+"""The key in `FILE` and the hash that it stands for; `KEY` is written."""
 MARKS = ("commit_success.txt", FILE)
 """Files of an item that have no digest."""
 
@@ -122,13 +130,13 @@ def check_digests(
 
 def _check_item(item: epath.Path, share: tuple[int, int]) -> None:
     """`check_digests` for one item."""
-    expected = _read_digests(item)
+    key, expected = _read_digests(item)
     for name in expected:
         if not (item / name).exists():
             raise DamagedError(f"{item / name} is missing.")
     lengths = {name: (item / name).stat().length for name in expected}
     reads = [(name, start) for name, length in lengths.items() for start in _starts(length)][share[0] :: share[1]]
-    for (name, start), found in zip(reads, hash_blocks(item, reads), strict=True):
+    for (name, start), found in zip(reads, hash_blocks(item, reads, HASHES[key]), strict=True):
         written = expected[name][start : start + BLOCKS_PER_READ]
         differ = [index for index, (a, b) in enumerate(zip(written, found, strict=False)) if a != b]
         if differ:
@@ -138,19 +146,21 @@ def _check_item(item: epath.Path, share: tuple[int, int]) -> None:
             raise DamagedError(f"{item / name} is damaged: {length:,} bytes are more or fewer than were written.")
 
 
-def _read_digests(item: epath.Path) -> dict[str, list[str]]:
-    """Reads what `write_digests` wrote."""
+def _read_digests(item: epath.Path) -> tuple[str, dict[str, list[str]]]:
+    """Reads what `write_digests` wrote, and one of the keys of `HASHES`."""
     path = item / FILE
     try:
-        values = json.loads(path.read_bytes())[KEY]
-        if all(isinstance(name, str) and isinstance(digests, list) for name, digests in values.items()):
-            return values
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        ((key, values),) = json.loads(path.read_bytes()).items()
+        if key in HASHES and all(isinstance(digests, list) for digests in values.values()):
+            return key, values
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{path} is damaged: {first_line(error)}.") from error
     raise DamagedError(f"{path} is damaged: it holds no lists of digests.")
 
 
-def hash_blocks(item: epath.Path, reads: list[tuple[str, int]]) -> Iterator[list[str]]:
+def hash_blocks(
+    item: epath.Path, reads: list[tuple[str, int]], digest: Callable[[bytes], str] = HASHES[KEY]
+) -> Iterator[list[str]]:
     """Digests of up to `BLOCKS_PER_READ` blocks from each of several places (file, first block), in their order."""
 
     def run(read: tuple[str, int]) -> list[str]:
@@ -158,7 +168,7 @@ def hash_blocks(item: epath.Path, reads: list[tuple[str, int]]) -> Iterator[list
         with (item / name).open("rb") as file:
             file.seek(start * BLOCK_BYTES)
             blocks = iter(lambda: file.read(BLOCK_BYTES), b"")
-            return [hashlib.sha256(block).hexdigest() for block, _ in zip(blocks, range(BLOCKS_PER_READ), strict=False)]
+            return [digest(block) for _, block in zip(range(BLOCKS_PER_READ), blocks, strict=False)]
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         try:

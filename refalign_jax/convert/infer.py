@@ -136,7 +136,8 @@ def _dit(shapes: Mapping[str, tuple[int, ...]], source: str, names: Names, besid
     if "num_heads" not in beside and width % WAN_HEAD_WIDTH:
         raise ValueError(
             f"{source} is {width} wide, no multiple of {WAN_HEAD_WIDTH}, which a head is in published Wan models, and "
-            "no metadata or config.json says how many attention heads it has; give --num-heads to convert.py import."
+            "no metadata or config.json says how many attention heads it has; give --num-heads to sample.py or to "
+            "convert.py import."
         )
     blocks = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
     return DiTConfig(

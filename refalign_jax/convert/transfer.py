@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from refalign_jax.config import ExportConfig
 from refalign_jax.convert.checkpoint import Unread, import_params, open_params
-from refalign_jax.convert.dit import Names, model_table
+from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.infer import describe, open_transformer
 from refalign_jax.convert.table import published_shapes, stored, to_published
 from refalign_jax.convert.write import write_weights
 from refalign_jax.initial import model_shapes
 from refalign_jax.trees import count, flatten, unflatten
+
+_DEFAULTS = ExportConfig()
 
 
 def import_weights(weights: Path, checkpoint: Path, num_heads: int | None = None) -> str:
@@ -37,32 +40,30 @@ def import_weights(weights: Path, checkpoint: Path, num_heads: int | None = None
     return f"{count(leaves):,} parameters of {opened.tensors.source} are in {checkpoint}."
 
 
-def export_weights(
-    checkpoint: Path,
-    weights: Path,
-    projectors: bool = False,
-    names: Names = "wan",
-    max_shard_bytes: int = 10 * 10**9,
-    ema: bool = False,
-) -> str:
+def export_weights(checkpoint: Path, weights: Path, config: ExportConfig = _DEFAULTS) -> str:
     """Writes a checkpoint's transformer under published names, its configuration in the header; returns what was done.
 
     Weights are read and written layer by layer: memory holds a few copies of the largest layer's largest tensor,
     whatever the depth of the model and the number of processes that saved it.
 
+    Args:
+      checkpoint: a checkpoint of parameters or of a training run, or a run's folder, of which the newest is taken.
+      weights: the file to write, ending in .safetensors.
+      config: how.
+
     Raises:
       ValueError: no checkpoint there, no projectors or moving average in it though asked for, or the file exists.
     """
-    params, config = open_params(checkpoint, ema)
-    if projectors and "projectors" not in params:
+    params, model = open_params(checkpoint, config.ema, config.verify_checkpoint)
+    if config.projectors and "projectors" not in params:
         raise ValueError(f"{checkpoint} holds no projectors, only a transformer; leave out --projectors.")
-    if not projectors:
+    if not config.projectors:
         params.pop("projectors", None)
-    table = model_table(config.dit, config.alignment if projectors else None, names)
+    table = model_table(model.dit, model.alignment if config.projectors else None, config.names)
     shapes = published_shapes(table, params)
     leaves = flatten(params)
     dtypes = {name: leaves[entry.path].dtype.numpy_dtype for entry in table for name in entry.names}
     ordered = {name: shapes[name] for entry in table for name in entry.names}
     tensors = to_published(table, params)
-    written = write_weights(weights, tensors, ordered, dtypes, max_shard_bytes, describe(config))
+    written = write_weights(weights, tensors, ordered, dtypes, int(config.max_shard_gb * 1e9), describe(model))
     return f"{count(params):,} parameters of {checkpoint} are in {', '.join(path.name for path in written)}."

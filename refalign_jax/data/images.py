@@ -14,7 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from refalign_jax.data.files import check_file
 from refalign_jax.data.stored import Stored
-from refalign_jax.types import Bool
+from refalign_jax.types import Bool, Float
 
 ImageFile = str | os.PathLike[str] | Stored
 """An image: a path, or one that lies at a URL or within an archive."""
@@ -97,18 +97,44 @@ def read_mask(path: ImageFile) -> Bool[np.ndarray, "h w"]:
 
     The subject is the pixels at least half as bright as the brightest one or, where opacity varies, half as opaque as
     the most opaque one. So masks of 0 and 1, of 0 and 255, and of two colours of a palette are all read as intended,
-    whatever their bits. A black mask is empty.
+    whatever their bits. A black mask is empty. A map in which each object has a number or a colour of its own does not
+    show which of them is the subject and is refused.
 
     Raises:
-      ValueError: no such file, not a whole image, one of too many pixels, or values that are not finite.
+      ValueError: no such file, not a whole image, one of too many pixels, values that are not finite, or such a map.
     """
     with _image(path, "a mask") as (image, _):
         if image.mode in _WIDE:
-            level = np.asarray(image).astype(np.float64)
+            level = numbers = np.asarray(image).astype(np.float64)
             if not np.isfinite(level).all():
                 raise ValueError("it holds values that are not finite")
         else:
             values = np.asarray(image.convert("RGBA"))
             opacity, brightness = values[..., 3], values[..., :3].max(-1)
             level = (opacity if opacity.min() < 255 else brightness).astype(np.float64)
+            coloured = image.mode == "P" and bool(np.ptp(values[..., :3], axis=-1).any())
+            numbers = np.where(level > 0, np.asarray(image), 0).astype(np.float64) if coloured else level
+        found = _numbers_of_objects(numbers) if numbers is not level or 2 * _least(level) < level.max() else []
+        if found:
+            raise ValueError(
+                f"it holds the values {', '.join(f'{number:g}' for number in found[:4])}, each over an area, as a map "
+                "of several objects does; a mask has one value on the subject and 0 elsewhere"
+            )
     return (level > 0) & (2 * level >= level.max())
+
+
+def _least(level: Float[np.ndarray, "h w"]) -> float:
+    """The smallest value above 0; infinite where there is none."""
+    return float(np.min(level, where=level > 0, initial=np.inf))
+
+
+def _numbers_of_objects(values: Float[np.ndarray, "h w"]) -> list[float]:
+    """The values above 0 if there are several and each fills a square of 2x2 pixels; otherwise none.
+
+    A matte has values between the extremes, which lie along its edge.
+    """
+    corner = values[1:, 1:]
+    square = (corner == values[:-1, 1:]) & (corner == values[1:, :-1]) & (corner == values[:-1, :-1])
+    areas = np.unique(corner[square & (corner > 0)])
+    kinds = np.unique(values[values > 0])
+    return kinds.tolist() if 2 <= len(kinds) == len(areas) else []

@@ -179,8 +179,13 @@ class BatchIterator:
                 )
         _check_same_data(state, before, source, config)
         self.close()
-        self._consumed = state["examples_consumed"]
-        segments = [(first, size) for first, size in state.get("segments", [(0, state["num_examples"])])]
+        consumed, parts = state.get("examples_consumed"), state.get("segments", [(0, state["num_examples"])])
+        try:
+            segments = [(int(first), int(size)) for first, size in parts]
+            consumed = int(consumed)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The position in the data is damaged: {dict(state)!r:.200}.") from error
+        self._consumed = consumed
         self._order = _Order(self._order.seed, _grow(segments, self._read.size, self._consumed))
 
     def close(self) -> None:

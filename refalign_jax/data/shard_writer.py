@@ -232,7 +232,8 @@ def encoders_apart(made: Mapping[str, Any]) -> dict[str, Any]:
     digests = made.get("digests", {})
     apart = dict(made.get("encoders", {}))
     for name in digests.keys() & apart.keys():
-        apart[name] = {key: value for key, value in apart[name].items() if key != "path"} | {"sha256": digests[name]}
+        rest = {key: value for key, value in apart[name].items() if key not in ("path", "tokenizer")}
+        apart[name] = rest | {"sha256": digests[name]}
     return apart
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from refalign_jax.config import ComputeDtype, PrepareConfig
 from refalign_jax.convert.files import read_config
-from refalign_jax.digests import Digests
+from refalign_jax.digests import Digests, digest_json
 from refalign_jax.encoders.daisy import DAISY
 from refalign_jax.encoders.dct import DCTCodec
 from refalign_jax.encoders.efficientnet import EfficientNetLite0
@@ -48,6 +48,8 @@ class Encoders:
 def weights_digests(described: Mapping[str, Mapping[str, Any]], digests: Digests) -> dict[str, str]:
     """Returns the digests of encoders' weights by name, without the stand-ins, which have none.
 
+    Where a tokenizer lies outside of the weights' folder, its files are digested with them.
+
     Args:
       described: what the encoders' `describe` returned, by name.
       digests: of the folder of results.
@@ -55,7 +57,12 @@ def weights_digests(described: Mapping[str, Mapping[str, Any]], digests: Digests
     Raises:
       ValueError, OSError: weights can't be read.
     """
-    return {name: digests.tree(about["path"]) for name, about in described.items() if "path" in about}
+    found = {}
+    for name, about in described.items():
+        if "path" in about:
+            parts = [digests.tree(about["path"]), *map(digests.file, about.get("tokenizer", ()))]
+            found[name] = parts[0] if len(parts) == 1 else digest_json(parts)
+    return found
 
 
 def open_encoders(config: PrepareConfig) -> Encoders:

@@ -34,14 +34,17 @@ class UMT5:
         weights = untied(open_weights(find_file(path, ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder", "."))))
         self._config = infer_umt5_config(weights, compute_dtype)
         self.width = self._config.width
-        self._tokenizer = umt5.load_tokenizer(_tokenizer_folder(path))
+        place = _tokenizer_folder(path)
+        self._tokenizer = umt5.load_tokenizer(place)
+        self._tokenizer_files = [] if path in (place, *place.parents) else _tokenizer_files(place)
         self._params = replicate(load_umt5(self._config, weights))
         self._batch_size, self._path = batch_size, path
 
     def describe(self) -> dict[str, Any]:
         """Returns JSON that identifies the encoder."""
         dtype = self._config.compute_dtype
-        return {"name": "umt5", "path": str(self._path), "width": self.width, "compute_dtype": dtype}
+        about = {"name": "umt5", "path": str(self._path), "width": self.width, "compute_dtype": dtype}
+        return about | ({"tokenizer": self._tokenizer_files} if self._tokenizer_files else {})
 
     def encode(self, prompts: Sequence[str]) -> list[Float[np.ndarray, "S width"]]:
         """Embeds prompts as `TextEncoder.encode` specifies; the last row is the end token's."""
@@ -100,6 +103,12 @@ def load_umt5(config: umt5.UMT5Config, weights: Tensors) -> Params:
     names = umt5_names(weights.shapes)
     shapes = jax.eval_shape(lambda: umt5.init(config, jax.random.key(0)))
     return to_ours(umt5_table(config, names), shapes, untied(weights))
+
+
+def _tokenizer_files(folder: Path) -> list[str]:
+    """The files of a tokenizer, for a digest; beside them there may be weights."""
+    names = ("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    return [str(folder / name) for name in names if (folder / name).is_file()]
 
 
 def _tokenizer_folder(path: Path) -> Path:

@@ -105,7 +105,7 @@ def open_generator(weights: str, config: GenerateConfig) -> Generator:
     Raises:
       ValueError: there are no weights, no encoders are named, or they don't fit each other.
     """
-    run, source, path = _read_run(weights, config.ema)
+    run, source, path = _read_run(weights, config)
     names = ("solver", "num_steps", "shift", "reference_guidance", "text_guidance")
     changes = {name: getattr(config, name) for name in names}
     sampling = dataclasses.replace(run.sampling, **{name: v for name, v in changes.items() if v is not None})
@@ -116,7 +116,9 @@ def open_generator(weights: str, config: GenerateConfig) -> Generator:
     mesh = make_mesh(MeshConfig(fsdp=config.fsdp))
     shapes = {"dit": model_shapes(run.model)["dit"]}
     placed = place_shapes(shapes, mesh, jnp.dtype(config.weights_dtype))
-    params, _ = initial_params(weights, config.ema, run.model, placed, jax.random.key(0))
+    params, _ = initial_params(
+        weights, config.ema, run.model, placed, jax.random.key(0), verify=config.verify_checkpoint
+    )
     return Generator(
         params=params["dit"],
         config=run,
@@ -130,7 +132,7 @@ def open_generator(weights: str, config: GenerateConfig) -> Generator:
     )
 
 
-def _read_run(weights: str, ema: bool) -> tuple[Config, str, str]:
+def _read_run(weights: str, config: GenerateConfig) -> tuple[Config, str, str]:
     """Returns the run's configuration, or defaults around the model of other weights; the weights in words; and where.
 
     Where an index names the weights, that is its folder.
@@ -138,11 +140,11 @@ def _read_run(weights: str, ema: bool) -> tuple[Config, str, str]:
     if not weights:
         raise ValueError("No weights are named; give a run's folder, a checkpoint, or published safetensors.")
     if not is_checkpoint(weights):
-        opened = open_transformer(weights)
+        opened = open_transformer(weights, config.num_heads)
         place = str(Path(weights).parent) if weights.endswith(".json") else weights
         return Config(model=opened.config), opened.tensors.source, place
-    folder, item = find_checkpoint(weights, ema)
-    values, path = read_json(folder, "config"), f"{folder}/{item}"
+    folder, item = find_checkpoint(weights, config.ema)
+    values, path = read_json(folder, "config", config.verify_checkpoint), f"{folder}/{item}"
     if "model" in values:
         return from_dict(Config, values, str(folder)), path, path
     return Config(model=from_dict(ModelConfig, values, str(folder))), path, path

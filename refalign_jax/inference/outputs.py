@@ -115,7 +115,7 @@ def _content(entry: Mapping[str, Any]) -> dict[str, Any]:
     made = dict(entry["made"]) if isinstance(entry.get("made"), dict) else {}
     encoders = made.get("encoders")
     if isinstance(encoders, dict):
-        made["encoders"] = {name: _without(described, "path") for name, described in encoders.items()}
+        made["encoders"] = {name: _without(described, "path", "tokenizer") for name, described in encoders.items()}
     found = entry.get("references")
     references = [_without(reference, "source", "mask") for reference in found] if isinstance(found, list) else found
     return {"prompt": entry.get("prompt"), "references": references, "made": _without(made, "weights")}

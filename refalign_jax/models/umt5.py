@@ -218,7 +218,7 @@ def load_tokenizer(name: str | Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(name))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers and tokenizers raise whatever a damaged file leads to
         raise ValueError(
             f"No tokenizer at {str(name)!r}: give a folder that holds tokenizer.json or spiece.model, "
             "or a hub id that can be reached, such as google/umt5-xxl."

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from refalign_jax.config.checks import check_values
 from refalign_jax.models.by_head import attend_by_head
 from refalign_jax.models.layers import init_stack, precision_of
 from refalign_jax.types import Array, Float, Params
@@ -84,6 +85,7 @@ class ViTConfig:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
+        check_values(self)
         kind = type(self).__name__
         for field in ("patch_size", "width", "ffn_width", "num_layers", "num_heads"):
             value = getattr(self, field)

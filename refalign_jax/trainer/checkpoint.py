@@ -25,7 +25,6 @@ from refalign_jax.convert.checkpoint import (
     PathLike,
     absolute,
     array_handler,
-    one_error,
     read_json,
     save_by_layer,
     unreadable,
@@ -40,6 +39,18 @@ from refalign_jax.convert.checksums import (
 )
 from refalign_jax.devices import check_backend
 from refalign_jax.types import Params
+
+
+def _check_progress(progress: Any, step: int) -> None:
+    """Raises ValueError unless a checkpoint's progress is of this step and has what a run needs to continue."""
+    saved = progress.get("step") if isinstance(progress, dict) else None
+    if saved != step:
+        raise ValueError(f"it is of step {saved}, not {step}")
+    key = progress.get("key")
+    whole = isinstance(key, list) and all(type(word) is int and 0 <= word < 2**32 for word in key)
+    whole &= type(progress.get("skipped")) is int and 0 <= progress["skipped"] < 2**31
+    if not whole or not isinstance(progress.get("data"), dict):
+        raise ValueError("its progress lacks the number of skipped batches, the random key, or the position in the data")
 
 
 class Checkpoints:
@@ -66,7 +77,8 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         except Exception as error:  # a local or a remote file system's
-            reason = getattr(error, "strerror", None) or first_line(error)
+            taken = isinstance(error, FileExistsError)
+            reason = "it is a file" if taken else getattr(error, "strerror", None) or first_line(error)
             raise OSError(f"{self.folder} can't be written: {reason}.") from error
 
     @property
@@ -116,11 +128,8 @@ class Checkpoints:
             if self._verify:
                 share = (jax.process_index(), jax.process_count())
                 check_digests(self.path(step), (*ARRAYS, *JSONS), share=share)
-            with one_error():
-                restored = self._manager.restore(step, args=every)
-            saved = restored["progress"].get("step")
-            if saved != step:
-                raise ValueError(f"it is of step {saved}, not {step}")
+            restored = self._manager.restore(step, args=every)
+            _check_progress(restored["progress"], step)
         return {name: restored[name] for name in shapes}, restored["progress"]
 
     def read_config(self, step: int) -> dict[str, Any]:

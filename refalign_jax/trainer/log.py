@@ -274,9 +274,16 @@ class Log:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The step lines of a metrics file, in order."""
+    """The step lines of a metrics file, in order.
+
+    Raises:
+      ValueError: a line is not a JSON object.
+    """
     lines = path.read_text(encoding="utf-8").splitlines()
-    return [record for record in map(json.loads, lines) if "step" in record]
+    try:
+        return [record for record in map(json.loads, lines) if "step" in record]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
 
 
 def _drop_after(path: Path, done: int) -> None:

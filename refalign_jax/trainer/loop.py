@@ -58,7 +58,8 @@ def _train(config: Config, source: Source | None) -> None:
         open_run(config, source) as run,
         stop_requested() as stop,
     ):
-        state, position = begin(config, run.mesh, run.checkpoints)
+        with one_sentence(run):
+            state, position = begin(config, run.mesh, run.checkpoints)
         if position is not None:
             run.loader.set_state(position)
         done, first = int(state.step), jax.process_index() == 0

@@ -226,6 +226,8 @@ def check_folder(folder: str, field: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
+    except FileExistsError as error:
+        raise OSError(f"{field}={folder!r} can't be written: it is a file; name a folder.") from error
     except OSError as error:
         raise OSError(f"{field}={folder!r} can't be written: {error.strerror}.") from error
     return path

@@ -8,6 +8,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from refalign_jax.config import ExportConfig
 from refalign_jax.convert import files, transfer
 from refalign_jax.convert.checkpoint import load_params
 from refalign_jax.convert.safetensors_files import DTYPES
@@ -36,7 +37,7 @@ def test_round_trip_is_byte_equal(weights, tmp_path, dtype, shard_bytes):
     assert (len(written) > 1) == (shard_bytes < 10**9)
     source = written[-1]
     transfer.import_weights(source, tmp_path / "checkpoint", num_heads=2)
-    transfer.export_weights(tmp_path / "checkpoint", tmp_path / "out.safetensors", projectors=True)
+    transfer.export_weights(tmp_path / "checkpoint", tmp_path / "out.safetensors", ExportConfig(projectors=True))
     assert raw(source) == raw(tmp_path / "out.safetensors")
     with safe_open(tmp_path / "out.safetensors", framework="np") as file:
         assert len(list(file.keys())) == len(opened.shapes)
@@ -54,7 +55,7 @@ def test_the_export_holds_the_transformer_alone_unless_asked(weights, tmp_path):
 
 def test_diffusers_names_and_back(weights, tmp_path):
     transfer.import_weights(weights, tmp_path / "a", num_heads=2)
-    transfer.export_weights(tmp_path / "a", tmp_path / "diffusers.safetensors", names="diffusers")
+    transfer.export_weights(tmp_path / "a", tmp_path / "diffusers.safetensors", ExportConfig(names="diffusers"))
     names = set(load_file(tmp_path / "diffusers.safetensors"))
     assert "blocks.0.attn1.to_out.0.weight" in names
     assert "condition_embedder.time_proj.bias" in names

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 from support.weight_files import write_safetensors, write_torch
 
+from refalign_jax.config import ExportConfig
 from refalign_jax.convert.checkpoint import load_params, save_params
 from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.files import holds_weights, open_weights
@@ -38,7 +39,7 @@ def diffusers(golden, tmp_path_factory):
     """The same under diffusers' names."""
     folder = tmp_path_factory.mktemp("diffusers")
     import_weights(golden / "dit_a" / "weights.safetensors", folder / "checkpoint", HEADS)
-    export_weights(folder / "checkpoint", folder / "w.safetensors", names="diffusers")
+    export_weights(folder / "checkpoint", folder / "w.safetensors", ExportConfig(names="diffusers"))
     return load_file(folder / "w.safetensors")
 
 
@@ -385,10 +386,10 @@ def exported(golden, tmp_path_factory):
     return folder, config
 
 
-@pytest.mark.parametrize("options", [{}, {"projectors": True}, {"names": "diffusers"}, {"max_shard_bytes": 40_000}])
+@pytest.mark.parametrize("options", [{}, {"projectors": True}, {"names": "diffusers"}, {"max_shard_gb": 40e-6}])
 def test_an_export_carries_its_configuration(exported, tmp_path, options):
     folder, config = exported
-    export_weights(folder / "checkpoint", tmp_path / "w.safetensors", **options)
+    export_weights(folder / "checkpoint", tmp_path / "w.safetensors", ExportConfig(**options))
     opened = open_transformer(tmp_path)
     expected = dataclasses.replace(config, dit=dataclasses.replace(config.dit, remat="full"))
     assert opened.config == expected

@@ -102,6 +102,27 @@ def test_masks_of_16_and_32_bits_are_not_clipped(tmp_path, kind):
     np.testing.assert_array_equal(read_mask(tmp_path / "wide.tif"), read_mask(tmp_path / "8.png"))
 
 
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.float32])
+def test_a_map_of_several_objects_is_no_mask(tmp_path, kind):
+    """Which of them is the subject is not known; half of the largest number means nothing."""
+    values = np.zeros((8, 8), kind)
+    values[1:4, 1:4], values[5:8, 3:8] = 30, 100
+    Image.fromarray(values).save(tmp_path / "ids.tif")
+    with pytest.raises(ValueError, match=r"ids\.tif can't be read as a mask: it holds the values 30, 100, each over"):
+        read_mask(tmp_path / "ids.tif")
+    colours = Image.fromarray((values.astype(np.uint8) > 0) + (values.astype(np.uint8) > 50).astype(np.uint8), "P")
+    colours.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    colours.save(tmp_path / "colours.png")
+    with pytest.raises(ValueError, match=r"colours\.png can't be read as a mask: it holds the values 1, 2, each over"):
+        read_mask(tmp_path / "colours.png")
+    values[0, 0] = 10  # an edge's value: a matte
+    Image.fromarray(values).save(tmp_path / "matte.tif")
+    np.testing.assert_array_equal(read_mask(tmp_path / "matte.tif"), values == 100)
+    values[values == 30], values[0, 0] = 60, 0  # both are at least half as bright as the brightest
+    Image.fromarray(values).save(tmp_path / "levels.tif")
+    np.testing.assert_array_equal(read_mask(tmp_path / "levels.tif"), values > 0)
+
+
 def test_a_mask_that_is_not_finite_is_refused(tmp_path):
     Image.fromarray(np.array([[0, np.nan]], np.float32)).save(tmp_path / "x.tif")
     with pytest.raises(ValueError, match=r"x\.tif can't be read as a mask: it holds values that are not finite\."):

@@ -13,7 +13,14 @@ from refalign_jax.convert.table import to_published
 from refalign_jax.convert.vae import vae_table
 from refalign_jax.convert.write import write_weights
 from refalign_jax.data.video import to_float
-from refalign_jax.encoders.open import open_feature_encoder, open_text_encoder, open_video_codec, reopen_video_codec
+from refalign_jax.digests import Digests
+from refalign_jax.encoders.open import (
+    open_feature_encoder,
+    open_text_encoder,
+    open_video_codec,
+    reopen_video_codec,
+    weights_digests,
+)
 from refalign_jax.encoders.wan_vae import load_vae
 from refalign_jax.models import vae
 from refalign_jax.models.vit import IMAGENET_MEAN, IMAGENET_STD
@@ -81,6 +88,18 @@ def test_umt5_with_its_tokenizer(text_folder):
     shutil.rmtree(text_folder / "google")
     with pytest.raises(ValueError, match=r"has no tokenizer; put tokenizer.json or spiece.model into"):
         open_text_encoder(str(text_folder))
+
+
+def test_a_tokenizer_outside_of_the_weights_is_digested_with_them(text_folder):
+    for path in (text_folder, text_folder / "umt5.safetensors"):
+        described = {"text": open_text_encoder(str(path), compute_dtype="float32").describe()}
+        before = weights_digests(described, Digests(text_folder / "none"))
+        tokenizer = text_folder / "google/umt5-xxl/tokenizer.json"
+        content = tokenizer.read_bytes()
+        tokenizer.write_bytes(content.replace(b"cat", b"cow"))
+        assert weights_digests(described, Digests(text_folder / "none")) != before
+        tokenizer.write_bytes(content)
+        assert weights_digests(described, Digests(text_folder / "none")) == before
 
 
 def test_dinov3_from_its_folder(tmp_path):

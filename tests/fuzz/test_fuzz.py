@@ -1,108 +1,52 @@
 """Damaged files of every kind that the commands read: each is read, or refused by a ValueError or OSError.
 
-A case takes good files, damages one, and calls what a command calls. Cases are drawn by a seed: values of other types,
-sizes and depths in JSON, missing and further fields, texts cut short, bytes flipped, inserted and left out.
+A case takes good files, damages one (support/damage.py), and calls what a command calls. Cases are drawn by a seed.
 """
 
-import copy
 import json
 import random
 import shutil
+import socket
 
+import numpy as np
 import pytest
+import tokenizers
+from PIL import Image
 from support import examples
+from support.damage import damaged
 from support.places import GOLDEN
 from support.reported import recipe, write_samples
+from support.weight_files import write_torch
 
+from refalign_jax import locks
 from refalign_jax.command import load
-from refalign_jax.config import Storage
+from refalign_jax.config import ModelConfig, Storage
+from refalign_jax.convert import checksums
+from refalign_jax.convert.checkpoint import load_params, read_model, save_params
+from refalign_jax.convert.files import open_weights, read_config
 from refalign_jax.convert.infer import open_transformer
 from refalign_jax.data.examples import decode, encode
+from refalign_jax.data.images import read_image, read_mask
 from refalign_jax.data.manifest import read_manifest
 from refalign_jax.data.overview import describe
 from refalign_jax.data.shard_writer import ShardWriter
 from refalign_jax.data.shards import ShardSource, verify_shards
 from refalign_jax.data.sources.jsonl import read_jsonl
+from refalign_jax.data.video import read_frames, write_video
 from refalign_jax.inference.outputs import read_samples
 from refalign_jax.inference.requests import read_requests
+from refalign_jax.models.dinov3 import DINOv3Config
+from refalign_jax.models.umt5 import load_tokenizer
 from refalign_jax.report import sections
 from refalign_jax.report.run import read_run
-from refalign_jax.trainer.log import write_config
+from refalign_jax.trainer.log import read_metrics, write_config
 from refalign_jax.verify.dit import model_config
 from refalign_jax.verify.values import open_values
 
 CASES = 200
 """Damaged files of each kind."""
-
-VALUES = (None, True, 0, -1, 1, 2**63, 10**400, 0.5, -1e308, float("nan"), float("inf"), "", "x", "\0", "\ud800", "$_{")
-VALUES += ("../../x", "~", "x" * 5000, [], [[]], [1], ["a", 2], {}, {"a": {}}, {"": None}, [None] * 50)
-
-
-def places(value, path=()):
-    """Paths of all values in a JSON value."""
-    yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield from places(inner, (*path, key))
-
-
-def damaged_json(value, rng):
-    """The value with one to three places changed."""
-    value = copy.deepcopy(value)
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        path = rng.choice(list(places(value)))
-        if not path:
-            return copy.deepcopy(rng.choice(VALUES))
-        holder = value
-        for key in path[:-1]:
-            holder = holder[key]
-        how = rng.random()
-        if how < 0.2:
-            del holder[path[-1]]
-        elif how < 0.3 and isinstance(holder, dict):
-            holder[rng.choice(("unknown", "", path[-1] + "x"))] = copy.deepcopy(rng.choice(VALUES))
-        elif how < 0.35 and isinstance(holder, list):
-            holder.append(copy.deepcopy(rng.choice(VALUES)))
-        else:
-            holder[path[-1]] = copy.deepcopy(rng.choice(VALUES))
-    return value
-
-
-def damaged_bytes(content, rng):
-    """The bytes cut, flipped, doubled or replaced at random."""
-    at = rng.randrange(len(content) or 1)
-    how = rng.randrange(7)
-    if how == 0:
-        return content[:at]
-    if how == 1:
-        return content[:at] + content[at + rng.randrange(1, 20) :]
-    if how == 2:
-        return content[:at] + rng.randbytes(rng.randrange(1, 9)) + content[at:]
-    if how == 3:
-        return content + content[at:]
-    if how == 4:
-        return rng.choice((b"", b"[" * 100_000, b"{}", b"null", b"\xff\xfe", b'{"a":' * 50_000, b"\n\n", content[::-1]))
-    flipped = bytearray(content)
-    for _ in range(rng.choice((1, 1, 8)) if content else 0):
-        flipped[rng.randrange(len(flipped))] ^= 1 << rng.randrange(8)
-    return bytes(flipped)
-
-
-def damaged(content, rng):
-    """A JSON or JSONL file's text, or other bytes, damaged."""
-    if rng.random() < 0.3:
-        return damaged_bytes(content, rng)
-    try:
-        return json.dumps(damaged_json(json.loads(content), rng)).encode()
-    except ValueError:
-        pass
-    try:
-        lines = [json.loads(line) for line in content.decode().splitlines()]
-    except ValueError:
-        return damaged_bytes(content, rng)
-    number = rng.randrange(len(lines))
-    lines[number] = damaged_json(lines[number], rng)
-    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+FEWER = {"index of a checkpoint": 60, "model of a checkpoint": 60, "tokenizer": 60, "video": 100}
+"""Kinds that take longer."""
 
 
 def report(folder):
@@ -149,7 +93,52 @@ def good(tmp_path_factory):
         shutil.copy(GOLDEN / "dit_a" / name, folder / "values")
     (folder / "report.json").write_text(json.dumps(REPORT))
     shutil.copy(GOLDEN / "dit_a/weights.safetensors", folder / "w.safetensors")
+    write_more(folder)
     return folder
+
+
+def write_more(folder):
+    """Files that came later: a checkpoint without digests, encoders' files, weights in other forms, media, a lock."""
+    save_params(folder / "params", {"dit": {"a": np.ones((2, 3), np.float32)}}, ModelConfig())
+    for path in (folder / "params").rglob(checksums.FILE):
+        path.unlink()
+    (folder / "vfm").mkdir()
+    shutil.copy(GOLDEN / "encoders_a/dinov3.json", folder / "vfm/config.json")
+    (folder / "tokenizer").mkdir()
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "</s>": 1, "a": 2}, unk_token="<pad>"))
+    model.save(str(folder / "tokenizer/tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "eos_token": "</s>"}
+    (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps(about))
+    (folder / "shards").mkdir()
+    shutil.copy(GOLDEN / "dit_a/weights.safetensors", folder / "shards/model-00001-of-00001.safetensors")
+    names = open_weights(folder / "w.safetensors").shapes
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (folder / "shards/model.safetensors.index.json").write_text(json.dumps(index))
+    write_torch(folder / "w.pth", {"a": np.ones((2, 3), np.float32), "b": np.zeros(4, np.float16)})
+    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(folder / "image.png")
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(folder / "mask.tif")
+    write_video(folder / "v.mp4", np.zeros((5, 16, 16, 3), np.uint8), 8)
+    lock = {
+        "host": socket.gethostname(),
+        "pid": 2**22 - 1,
+        "begun": "x",
+        "what": "a run",
+        "time": "2026-11-26T12:00:00",
+    }
+    (folder / "locked").mkdir()
+    (folder / "locked" / locks.LOCK).write_text(json.dumps(lock))
+
+
+def read_vfm(folder):
+    DINOv3Config.from_json(read_config(folder / "vfm"))
+
+
+def hold(folder):
+    place = folder / "locked"
+    before = (place / locks.LOCK).read_bytes()
+    with locks.exclusive(place, "x"):
+        pass
+    (place / locks.LOCK).write_bytes(before)
 
 
 REPORT = {
@@ -187,20 +176,35 @@ KINDS = {
         "report.json",
         lambda folder: load("compile")(["--table", str(folder / "report.json")], "compile"),
     ),
+    "metrics, read for a comparison": (
+        "run/metrics.jsonl",
+        lambda folder: read_metrics(folder / "run/metrics.jsonl"),
+    ),
+    "model of a checkpoint": ("params/config/metadata", lambda folder: read_model(folder / "params")),
+    "index of a checkpoint": ("params/params/_METADATA", lambda folder: load_params(folder / "params", verify=False)),
+    "config of a VFM": ("vfm/config.json", read_vfm),
+    "tokenizer": ("tokenizer/tokenizer.json", lambda folder: load_tokenizer(folder / "tokenizer")),
+    "index of shards": ("shards/model.safetensors.index.json", lambda folder: open_transformer(folder / "shards", 2)),
+    "torch file": ("w.pth", lambda folder: [open_weights(folder / "w.pth").read(name) for name in "ab"]),
+    "image": ("image.png", lambda folder: read_image(folder / "image.png")),
+    "mask": ("mask.tif", lambda folder: read_mask(folder / "mask.tif")),
+    "video": ("v.mp4", lambda folder: read_frames(folder / "v.mp4", range(5))),
+    "lock": (f"locked/{locks.LOCK}", hold),
     "weights": ("w.safetensors", lambda folder: open_transformer(folder / "w.safetensors", 2)),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files(kind, good, monkeypatch):
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 0)
     name, call = KINDS[kind]
     path, rng = good / name, random.Random(kind)
     content = path.read_bytes()
     call(good)
     before = sorted(good.rglob("*"))
-    faults, read = {}, 0
+    faults, read, cases = {}, 0, FEWER.get(kind, CASES)
     try:
-        for number in range(CASES):
+        for number in range(cases):
             path.write_bytes(damaged(content, rng))
             try:
                 call(good)
@@ -212,5 +216,5 @@ def test_damaged_files(kind, good, monkeypatch):
     finally:
         path.write_bytes(content)
     assert not faults
-    assert read < CASES
+    assert read < cases
     assert sorted(good.rglob("*")) == before

@@ -10,7 +10,7 @@ from PIL import Image
 from support import tiny
 from support.footage import photograph, write_records
 
-from refalign_jax.config import GenerateConfig, ModelConfig, PrepareConfig
+from refalign_jax.config import ExportConfig, GenerateConfig, ModelConfig, PrepareConfig
 from refalign_jax.convert.checkpoint import save_params
 from refalign_jax.convert.transfer import export_weights
 from refalign_jax.data.images import read_image
@@ -95,7 +95,7 @@ def test_a_video_does_not_depend_on_its_neighbours_and_is_not_made_twice(weights
 
 def test_published_weights_sample_as_their_checkpoint(weights, prompts, tmp_path):
     file = tmp_path / "refalign.safetensors"
-    export_weights(weights, file, projectors=True)
+    export_weights(weights, file, ExportConfig(projectors=True))
     requests = read_requests(prompts)[:2]
     drawn = []
     for source in (weights, file):

@@ -11,6 +11,7 @@ from support import tiny
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from refalign_jax.config import ExportConfig
 from refalign_jax.convert.checkpoint import load_params
 from refalign_jax.convert.transfer import export_weights, import_weights
 from refalign_jax.models.condition import Condition
@@ -54,7 +55,7 @@ def test_plain_text_to_video_is_diffusers_model(tmp_path, size):
     ours = velocity(ours_params, exact, x, jnp.asarray(t), condition)
     assert tiny.relative(np.moveaxis(np.asarray(ours), -1, 1), theirs) <= 1e-5
 
-    export_weights(tmp_path / "ours", tmp_path / "back" / "model.safetensors", names="diffusers")
+    export_weights(tmp_path / "ours", tmp_path / "back" / "model.safetensors", ExportConfig(names="diffusers"))
     from safetensors.numpy import load_file
 
     before = load_file(tmp_path / "theirs" / "diffusion_pytorch_model.safetensors")

@@ -1,7 +1,9 @@
 """Every command ends in a sentence: after Ctrl-C, unforeseen errors, closed or full outputs, and a device that is not
 there."""
 
+import ast
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -52,6 +54,27 @@ def test_ctrl_c_ends_in_a_sentence(body):
     process.send_signal(signal.SIGINT)
     _, printed = process.communicate(timeout=60)
     assert (process.returncode, printed) == (130, command.INTERRUPTED + "\n")
+
+
+def test_ctrl_c_during_the_imports_ends_in_a_sentence(tmp_path):
+    """From its first import on, which is `command`, a file under tools/ is stopped in a sentence."""
+    (tmp_path / "tools").mkdir()
+    script = tmp_path / "tools/x.py"
+    script.write_text("from refalign_jax.command import run\nimport os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment(), check=False)
+    assert (done.returncode, done.stderr) == (130, command.INTERRUPTED + "\n")
+    (tmp_path / "x.py").write_text(script.read_text())  # a program of the user's keeps its Ctrl-C
+    given = [sys.executable, tmp_path / "x.py"]
+    done = subprocess.run(given, capture_output=True, text=True, env=environment(), check=False)
+    assert "KeyboardInterrupt" in done.stderr
+
+
+@pytest.mark.parametrize("name", sorted({*command.command_names()} - {"demo", "verify"}))
+def test_every_command_imports_that_first(name):
+    body = ast.parse((command.TOOLS / f"{name}.py").read_text()).body
+    modules = [node.module for node in body if isinstance(node, ast.ImportFrom)]
+    modules = [module for module in modules if module != "__future__"]
+    assert modules[0] == "refalign_jax.command"
 
 
 def test_an_unforeseen_error_keeps_its_traceback_in_a_file(capsys, tmp_path, monkeypatch):
@@ -177,8 +200,34 @@ def test_a_full_disk_leaves_nothing_of_an_import(tmp_path):
     process = start(LIMITED.format("convert"), "import", *given)
     _, printed = process.communicate(timeout=120)
     assert process.returncode == 2, printed
-    assert "error: " in printed  # TensorStore's threads may print after it, and in its line
+    assert printed == f"error: {tmp_path / 'out'} can't be written: File too large.\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["sample", "prepare", "train"])
+def test_a_file_in_place_of_a_folder_is_named_so(name, tmp_path, capsys, monkeypatch):
+    (tmp_path / "out").write_text("x")
+    for line, file in (
+        ({"prompt": "p"}, "requests.jsonl"),
+        ({"video": "v", "prompt": "p", "references": []}, "r.jsonl"),
+    ):
+        (tmp_path / file).write_text(json.dumps(line))
+    stand_ins = ["--vae=dct", "--text-encoder=words"]
+    given = {
+        "sample": [str(tmp_path), str(tmp_path / "requests.jsonl"), str(tmp_path / "out")],
+        "prepare": [
+            str(tmp_path / "r.jsonl"),
+            str(tmp_path / "out"),
+            *stand_ins,
+            "--vfm=daisy",
+            "--height=32",
+            "--width=32",
+        ],
+        "train": ["tiny", "--train.folder", str(tmp_path / "out")],
+    }
+    code, printed = end(capsys, lambda: command.load(name)(given[name], name))
+    assert code == 2
+    assert re.search(r"out'? (is|can't be written: it is) a file; name a folder", printed)
 
 
 def test_dollars_in_a_prompt_are_no_formula(tmp_path):

@@ -15,8 +15,8 @@ from support.runs import CACHE, recipe
 from refalign_jax.command import load, parse_recipe
 from refalign_jax.config import Config, flat_fields, read_recipe
 from refalign_jax.flops import Shape, tokens
+from refalign_jax.soak.training import Attempt, survivors
 from refalign_jax.trainer.compare import differences
-from refalign_jax.trainer.soak import Attempt, survivors
 
 ROOT = Path(__file__).parents[2]
 TINY = str(ROOT / "configs/tiny.py")

@@ -14,7 +14,7 @@ import pytest
 from support import tiny
 from support.runs import MODEL, recipe
 
-from refalign_jax.config import AlignmentConfig, Config, MeshConfig, ModelConfig
+from refalign_jax.config import AlignmentConfig, Config, ExportConfig, MeshConfig, ModelConfig
 from refalign_jax.config.recipe import from_dict
 from refalign_jax.convert.checkpoint import (
     Unread,
@@ -96,7 +96,7 @@ def test_layers_are_written_and_read_one_at_a_time(run, tmp_path, params):
 
 @pytest.mark.parametrize("ema", [False, True])
 def test_parameters_or_the_average_of_a_run_are_exported(run, tmp_path, ema):
-    export_weights(run[0], tmp_path / "out.safetensors", projectors=True, ema=ema)
+    export_weights(run[0], tmp_path / "out.safetensors", ExportConfig(projectors=True, ema=ema))
     table = model_table(MODEL.dit, MODEL.alignment)
     written = to_ours(table, run[1], open_weights(tmp_path / "out.safetensors"))
     assert equal(written, run[2 if ema else 1])

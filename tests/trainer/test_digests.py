@@ -1,5 +1,7 @@
 """Checkpoints know their contents: every reader refuses damage by file and array, and nothing else as damage."""
 
+import functools
+import hashlib
 import json
 import logging
 import random
@@ -18,14 +20,14 @@ from refalign_jax.config import Config
 from refalign_jax.convert import checkpoint as checkpoint_module
 from refalign_jax.convert import checksums
 from refalign_jax.convert.checkpoint import ARRAYS, JSONS, load_params, open_params, read_json, save_params
-from refalign_jax.convert.checksums import DamagedError, check_digests, write_digests
+from refalign_jax.convert.checksums import DamagedError, check_digests, hash_blocks, write_digests
 from refalign_jax.convert.load import initial_params
 from refalign_jax.convert.transfer import export_weights
 from refalign_jax.devices import check_backend
 from refalign_jax.sharding import make_mesh
+from refalign_jax.soak.flips import flip_checkpoint
 from refalign_jax.trainer.checkpoint import Checkpoints
 from refalign_jax.trainer.loop import train
-from refalign_jax.trainer.soak import flip_bits
 from refalign_jax.trainer.state import begin, save, state_shapes
 
 ITEMS = (*ARRAYS, *JSONS)
@@ -136,7 +138,7 @@ def test_no_single_bit_of_any_file_passes(run, tmp_path):
 
 def test_bits_that_are_flipped_are_not_restored(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    refused, faults = flip_bits(tmp_path / "run", 45, random.Random(1))
+    refused, faults = flip_checkpoint(tmp_path / "run", 45, random.Random(1))
     assert faults == []
     assert refused >= 32  # Orbax's marks hold nothing that is read
 
@@ -158,12 +160,33 @@ def test_each_process_checks_its_share(run, monkeypatch):
     before = (item / checksums.FILE).read_bytes()
     write_digests(item)
     read, hashed = [], checksums.hash_blocks
-    monkeypatch.setattr(checksums, "hash_blocks", lambda item, reads: read.append(reads) or hashed(item, reads))
+    monkeypatch.setattr(
+        checksums, "hash_blocks", lambda item, reads, *hash: read.append(reads) or hashed(item, reads, *hash)
+    )
     for index in range(3):
         check_digests(item.parent, ["params"], share=(index, 3))
     check_digests(item.parent, ["params"])
     assert sorted(read[0] + read[1] + read[2]) == sorted(read[3])
     (item / checksums.FILE).write_bytes(before)
+
+
+def test_sha256_of_older_checkpoints_is_checked(damaged, monkeypatch):
+    folder, flip = damaged
+    monkeypatch.setattr(checksums, "KEY", "sha256_of_4_mib_blocks")
+    monkeypatch.setattr(
+        checksums, "hash_blocks", functools.partial(hash_blocks, digest=checksums.HASHES[checksums.KEY])
+    )
+    for item in ITEMS:
+        (folder / "checkpoints/6" / item / checksums.FILE).unlink()
+        write_digests(folder / "checkpoints/6" / item)
+    monkeypatch.undo()
+    values = json.loads((folder / "checkpoints/6/config" / checksums.FILE).read_text())
+    content = (folder / "checkpoints/6/config/metadata").read_bytes()
+    assert values == {"sha256_of_4_mib_blocks": {"metadata": [hashlib.sha256(content).hexdigest()]}}
+    check_digests(folder / "checkpoints/6", ITEMS)
+    path = flip("params")
+    with pytest.raises(DamagedError, match=f"{path.name} is damaged"):
+        check_digests(folder / "checkpoints/6", ITEMS)
 
 
 def test_a_checkpoint_without_digests_is_restored_with_one_line(damaged, caplog):

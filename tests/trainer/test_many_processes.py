@@ -13,6 +13,7 @@ from support.pair import Pair
 from support.places import WORKER
 from support.worker import copy, many
 
+from refalign_jax.config import ExportConfig
 from refalign_jax.convert.checkpoint import ARRAYS, find_checkpoint, load_params, read_arrays, read_json
 from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.files import open_weights
@@ -93,7 +94,7 @@ def test_checkpoints_go_from_one_to_two_and_from_two_to_one(one, two, tmp_path):
 
 def test_what_several_processes_saved_is_exported(two, tmp_path):
     params, model = load_params(two[0])
-    export_weights(two[0], tmp_path / "out.safetensors", projectors=True)
+    export_weights(two[0], tmp_path / "out.safetensors", ExportConfig(projectors=True))
     table = model_table(model.dit, model.alignment)
     written = flatten(to_ours(table, params, open_weights(tmp_path / "out.safetensors")))
     for name, value in flatten(params).items():

@@ -1,4 +1,4 @@
-"""Kills training runs, starts two in one folder and flips bits of checkpoints, to show that nothing is lost."""
+"""Kills training runs at random moments, and compares each with a run that was never stopped."""
 
 from __future__ import annotations
 
@@ -11,17 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-import numpy as np
-
 from refalign_jax.command import TOOLS
-from refalign_jax.config import Config
-from refalign_jax.config.recipe import from_dict
-from refalign_jax.convert.checkpoint import find_checkpoint
-from refalign_jax.sharding import make_mesh
-from refalign_jax.trainer.checkpoint import Checkpoints
 from refalign_jax.trainer.compare import differences
-from refalign_jax.trainer.state import array_items, state_shapes
 
 
 def survivors(session: int, patience: float = 10.0) -> list[int]:
@@ -152,75 +143,3 @@ def soak(recipe: Path, folder: Path, kills: int, steps: int, workers: int, rng: 
         if not faults:
             shutil.rmtree(place)
     return runs, faults
-
-
-def start_two(recipe: Path, folder: Path, starts: int, steps: int) -> list[str]:
-    """Starts two runs in one folder at the same time, several times.
-
-    Args:
-      recipe: a small one.
-      folder: of the runs; those with faults stay.
-      starts: how many times.
-      steps: of each run.
-
-    Returns:
-      Everything that was not as it must be: exactly one runs, and the other is refused in a sentence.
-    """
-    cache, faults = folder / "cache", []
-    for start in range(starts):
-        place = folder / f"two-{start}"
-        pair = [Attempt(recipe, place, steps, 0, cache) for _ in range(2)]
-        for attempt in pair:
-            attempt.wait()
-        codes = sorted(attempt.process.returncode for attempt in pair)
-        output = (place / "output.txt").read_text()
-        done = (place / "checkpoints" / str(steps)).is_dir() and pair[0].steps() == steps
-        if codes != [0, 2] or output.count(" is in use by ") != 1 or not done:
-            faults.append(f"{place.name}: ended with {codes}, see its output.txt")
-        else:
-            shutil.rmtree(place)
-    return faults
-
-
-def flip_bits(run: Path, flips: int, rng: random.Random) -> tuple[int, list[str]]:
-    """Flips bits of the newest checkpoint of a run, one at a time, and restores it; the files take turns.
-
-    Args:
-      run: a folder; its files are what they were when this returns.
-      flips: how many.
-      rng: draws the bits.
-
-    Returns:
-      How many flips were refused, and the others that changed what was restored.
-    """
-    checkpoint = Path(find_checkpoint(run)[0])
-    names = sorted(path.relative_to(checkpoint) for path in checkpoint.rglob("*") if path.is_file())
-    refused, faults, expected = 0, [], _restored(checkpoint)
-    for name in (names[index % len(names)] for index in range(flips)):
-        path = checkpoint / name
-        before = path.read_bytes()
-        bit = rng.randrange(8 * len(before))
-        flipped = bytearray(before)
-        flipped[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(flipped)
-        try:
-            if _restored(checkpoint) != expected:
-                faults.append(f"bit {bit} of {name} was flipped, and the checkpoint restored")
-        except ValueError as error:
-            refused += 1
-            if "\n" in str(error):
-                faults.append(f"bit {bit} of {name} was refused in more than one line")
-        finally:
-            path.write_bytes(before)
-    return refused, faults
-
-
-def _restored(checkpoint: Path) -> list[object]:
-    """Everything that a run reads from a checkpoint, for comparison to the bit."""
-    step = int(checkpoint.name)
-    with Checkpoints(checkpoint.parent, 2**31) as checkpoints:
-        values = checkpoints.read_config(step)
-        config = from_dict(Config, values, os.fspath(checkpoint))
-        shapes = array_items(state_shapes(config, make_mesh(config.mesh)))
-        arrays, progress = checkpoints.restore(step, shapes)
-    return [values, progress, [np.asarray(x).tobytes() for x in jax.tree.leaves(arrays)]]
