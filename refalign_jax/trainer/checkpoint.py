@@ -50,7 +50,7 @@ def _check_progress(progress: Any, step: int) -> None:
     whole = isinstance(key, list) and all(type(word) is int and 0 <= word < 2**32 for word in key)
     whole &= type(progress.get("skipped")) is int and 0 <= progress["skipped"] < 2**31
     if not whole or not isinstance(progress.get("data"), dict):
-        raise ValueError("its progress lacks the number of skipped batches, the random key, or the position in the data")
+        raise ValueError("its progress lacks the count of skipped batches, the random key, or the position in the data")
 
 
 class Checkpoints:
