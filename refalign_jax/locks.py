@@ -237,7 +237,7 @@ def _lives(found: dict[str, Any]) -> bool:
         return False  # this process holds no lock of this folder: the number was another's before
     try:
         os.kill(found["pid"], 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         pass  # it is another user's

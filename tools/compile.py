@@ -106,7 +106,12 @@ def _compared(folders: tuple[Path, ...]) -> str:
     for path in paths:
         if not path.is_file():
             raise ValueError(f"--compare: {path} does not exist; name two folders that --dump wrote.")
-    return "\n".join(hlo.compare(*(path.read_text() for path in paths)))
+    try:
+        return "\n".join(hlo.compare(*(path.read_text(encoding="utf-8") for path in paths)))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            "--compare: one of the two programs is not text; name two folders that --dump wrote."
+        ) from error
 
 
 def _table(files: tuple[Path, ...]) -> str:

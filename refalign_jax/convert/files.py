@@ -1,8 +1,8 @@
 """Opens published weights, whatever their form: the one function through which every command reads a weight file.
 
-A file is safetensors or a torch checkpoint. Shards are named by an index, or numbered. A folder holds one of these, or
-is a whole pipeline of diffusers, or holds variants of one model (`.fp16.`). What is opened then passes through
-`forms.plain`, which strips prefixes and multiplies float8 weights by their scales.
+A file is safetensors, a torch checkpoint, or GGUF. Shards are named by an index, or numbered. A folder holds one of
+these, or is a whole pipeline of diffusers, or holds variants of one model (`.fp16.`). What is opened then passes
+through `forms.plain`, which strips prefixes and multiplies float8 weights by their scales.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from refalign_jax.convert.forms import plain
+from refalign_jax.convert.gguf_files import open_gguf
 from refalign_jax.convert.pickle_files import open_pickle_weights
 from refalign_jax.convert.safetensors_files import open_safetensors
 from refalign_jax.convert.table import Tensors
@@ -47,12 +48,12 @@ def open_weights(path: str | Path) -> Tensors:
     """Opens published weights without reading a tensor.
 
     Args:
-      path: a safetensors file, a torch checkpoint, an index of shards, or a folder that holds one of these, numbered
-        shards, or a pipeline of diffusers, whose transformer is opened.
+      path: a safetensors file, a torch checkpoint, a GGUF file, an index of shards, or a folder that holds one of
+        these, numbered shards, or a pipeline of diffusers, whose transformer is opened.
 
     Raises:
       ValueError: no such file, one that is not whole, a shard that is missing or disagrees with its index, several
-        models in a folder, a form that is not read (GGUF), or a scale that is not understood.
+        models in a folder, a GGUF file without the package gguf, or a scale that is not understood.
     """
     path = Path(path)
     if not path.exists():
@@ -104,10 +105,7 @@ def _open_file(path: Path) -> Tensors:
     with path.open("rb") as file:
         start = file.read(4)
     if path.suffix == ".gguf" or start == b"GGUF":
-        raise ValueError(
-            f"{path} is a GGUF file, whose quantised blocks are not read here; give the same model as safetensors, "
-            "in bfloat16 or float8."
-        )
+        return open_gguf(path)
     return open_pickle_weights(path) if path.suffix in TORCH else open_safetensors(path)
 
 

@@ -8,7 +8,7 @@ from refalign_jax.config import ExportConfig
 from refalign_jax.convert.checkpoint import Unread, import_params, open_params
 from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.infer import describe, open_transformer
-from refalign_jax.convert.table import published_shapes, stored, to_published
+from refalign_jax.convert.table import check, published_shapes, stored, to_published
 from refalign_jax.convert.write import write_weights
 from refalign_jax.initial import model_shapes
 from refalign_jax.trees import count, flatten, unflatten
@@ -52,13 +52,19 @@ def export_weights(checkpoint: Path, weights: Path, config: ExportConfig = _DEFA
       config: how.
 
     Raises:
-      ValueError: no checkpoint there, no projectors or moving average in it though asked for, or the file exists.
+      ValueError: no checkpoint there, no projectors or moving average in it though asked for, the file exists, or the
+        checkpoint's arrays are not those of its model.
     """
     params, model = open_params(checkpoint, config.ema, config.verify_checkpoint)
     if config.projectors and "projectors" not in params:
         raise ValueError(f"{checkpoint} holds no projectors, only a transformer; leave out --projectors.")
     if not config.projectors:
         params.pop("projectors", None)
+    expected = model_shapes(model)
+    if not config.projectors:
+        expected.pop("projectors", None)
+    found, wanted = ({name: tuple(x.shape) for name, x in flatten(tree).items()} for tree in (params, expected))
+    check(wanted, found, str(checkpoint))
     table = model_table(model.dit, model.alignment if config.projectors else None, config.names)
     shapes = published_shapes(table, params)
     leaves = flatten(params)

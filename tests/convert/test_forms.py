@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import jax
 import ml_dtypes
@@ -341,10 +342,59 @@ def test_the_two_models_of_wan_2_2(tensors, tmp_path):
     assert_equal(values(tmp_path / "low_noise_model"), tensors)
 
 
-def test_gguf(tmp_path):
+def write_gguf(path, architecture="wan"):
+    """Quantised, half and single precision, and a tensor of five axes as ComfyUI's converters store it."""
+    import gguf
+
+    rng = np.random.default_rng(0)
+    five = rng.standard_normal((6, 4, 1, 2, 2), np.float32)
+    quantised = gguf.quants.quantize(rng.standard_normal((4, 64), np.float32), gguf.GGMLQuantizationType.Q8_0)
+    expected = {
+        "patch_embedding.weight": five,
+        "q.weight": gguf.quants.dequantize(quantised, gguf.GGMLQuantizationType.Q8_0),
+        "half": rng.standard_normal(5, np.float32).astype(np.float16),
+        "single": rng.standard_normal((2, 3), np.float32),
+    }
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_array("comfy.gguf.orig_shape.patch_embedding.weight", list(five.shape))
+    writer.add_tensor("patch_embedding.weight", five.reshape(12, 8))
+    writer.add_tensor("q.weight", quantised, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    for name in ("half", "single"):
+        writer.add_tensor(name, expected[name])
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
+        write()
+    return expected
+
+
+@pytest.mark.parametrize("name", ["w.gguf", "w.safetensors"])
+def test_gguf(tmp_path, name):
+    pytest.importorskip("gguf")
+    expected = write_gguf(tmp_path / name)
+    opened = open_weights(tmp_path / name)
+    assert dict(opened.shapes) == {key: value.shape for key, value in expected.items()}
+    for key, value in expected.items():
+        np.testing.assert_array_equal(opened.read(key), value)
+        assert opened.read(key).dtype == opened.dtypes[key] == value.dtype
+    content = (tmp_path / name).read_bytes()
+    for cut in (4, 100, len(content) // 2):
+        (tmp_path / name).write_bytes(content[:cut])
+        with pytest.raises(ValueError, match="can't be read as GGUF"):
+            open_weights(tmp_path / name)
+    write_gguf(tmp_path / "llama.gguf", "llama")
+    with pytest.raises(ValueError, match="is a GGUF file of 'llama'; a Wan model says 'wan' there"):
+        open_weights(tmp_path / "llama.gguf")
+
+
+def test_gguf_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
     for name in ("w.gguf", "w.safetensors"):
         (tmp_path / name).write_bytes(b"GGUF" + bytes(100))
-        with pytest.raises(ValueError, match="is a GGUF file"):
+        with pytest.raises(ValueError, match=r"is a GGUF file; reading it needs the package gguf: pip install"):
             open_weights(tmp_path / name)
 
 
