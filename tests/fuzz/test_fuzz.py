@@ -216,5 +216,5 @@ def test_damaged_files(kind, good, monkeypatch):
     finally:
         path.write_bytes(content)
     assert not faults
-    assert read < cases
+    assert read < cases or kind == "lock"  # a lock that is not readable is taken over
     assert sorted(good.rglob("*")) == before
