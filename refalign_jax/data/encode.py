@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
+from refalign_jax.config import MAX_TEXT_LENGTH
 from refalign_jax.data.clips import Clip
 from refalign_jax.data.examples import Example
-from refalign_jax.data.records import Skipped
+from refalign_jax.data.records import Dropped, Skipped
 from refalign_jax.data.references import encode_references
 from refalign_jax.data.video import to_float
 from refalign_jax.encoders.interface import FeatureEncoder
@@ -21,18 +24,69 @@ SHOWN_FROM = 0.1
 """Share of a patch that its subject covers at least; a patch with less is blank."""
 
 
-def encode_clips(clips: Sequence[Clip], encoders: Encoders) -> list[Example | Skipped]:
-    """Encodes clips of one size together; where a value is not finite, the clip is left out with this reason.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Described:
+    """What a manifest says of encoders."""
+
+    about: Mapping[str, Any]
+    """What each describes itself as, by name."""
+    empty_text: Float[np.ndarray, "S text_width"]
+    """Embedding of the empty prompt."""
+
+
+def describe_encoders(encoders: Encoders) -> Described:
+    """Describes encoders."""
+    (empty,) = encoders.text.encode([""])
+    return Described(about=encoders.describe(), empty_text=empty)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Made:
+    """An example, and what its record gave beside it; it can be pickled."""
+
+    example: Example
+    inputs: str
+    """Digest of everything that it was made of."""
+    cut: int
+    """Tokens that the prompt lost."""
+    dropped: tuple[Dropped, ...]
+    """References that the record lost."""
+
+
+def encode_in_batches(
+    loaded: Iterable[Clip | Skipped], encoders: Encoders, batch_size: int
+) -> Iterator[Made | Skipped]:
+    """Encodes clips as they come, so many together, and yields what becomes of each record, in their order.
+
+    Where a value is not finite, the clip is left out with this reason.
 
     Raises:
       ValueError: the encoders' outputs don't fit each other.
     """
-    found: list[Example | Skipped] = []
-    for example in encode(clips, encoders):
+    waiting: list[Clip | Skipped] = []
+    for one in loaded:
+        waiting.append(one)
+        if sum(isinstance(entry, Clip) for entry in waiting) == batch_size:
+            yield from _encode_all(waiting, encoders)
+            waiting = []
+    yield from _encode_all(waiting, encoders)
+
+
+def _encode_all(loaded: Sequence[Clip | Skipped], encoders: Encoders) -> Iterator[Made | Skipped]:
+    """Encodes the clips among these together."""
+    clips = [one for one in loaded if isinstance(one, Clip)]
+    counts = iter(encoders.text.count_tokens([clip.record.prompt for clip in clips]) if clips else [])
+    examples = iter(encode(clips, encoders) if clips else [])
+    for one in loaded:
+        if isinstance(one, Skipped):
+            yield one
+            continue
+        example, cut = next(examples), max(next(counts) - MAX_TEXT_LENGTH, 0)
         values = (example.video_latents, example.reference_latents, example.text, example.vfm_features)
-        finite = all(np.isfinite(array).all() for array in values)
-        found.append(example if finite else Skipped(id=example.id, reason=NOT_FINITE))
-    return found
+        if all(np.isfinite(array).all() for array in values):
+            yield Made(example=example, inputs=one.inputs, cut=cut, dropped=one.record.dropped)
+        else:
+            yield Skipped(id=example.id, reason=NOT_FINITE)
 
 
 def encode(clips: Sequence[Clip], encoders: Encoders) -> list[Example]:

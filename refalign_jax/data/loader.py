@@ -1,12 +1,16 @@
 """Batches of prepared examples, through Grain: shuffled, padded, split over processes, exact on resume.
 
-The global order is a function of (seed, position) alone. Position p is in epoch ⌊p/n⌋ at place p mod n, and a
-pseudo-random permutation of the n training examples, seeded by seed + epoch, maps the place to an example. Global batch
-k has the positions [k·B, (k+1)·B) after the start; process i of N takes rows [i·B/N, (i+1)·B/N) of it. So the order
-does not depend on processes, workers or threads, and the iterator's whole state is the number of examples consumed:
-seeking is O(1), and a run can continue with another number of processes or another batch size.
+The global order is a function of (seed, position) alone. In one dataset, position p is in epoch ⌊p/n⌋ at place p mod n,
+and a pseudo-random permutation of the n training examples, seeded by seed + epoch, maps the place to an example. Global
+batch k has the positions [k·B, (k+1)·B) after the start; process i of N takes rows [i·B/N, (i+1)·B/N) of it. So the
+order does not depend on processes, workers or threads, and the iterator's whole state is the number of examples
+consumed: seeking is O(1), and a run can continue with another number of processes or another batch size.
 
 The last `held_out` examples of a dataset never appear in training.
+
+Several datasets (`data.mix`) take turns by their weights (order.py). Each has an order of its own, with epochs and a
+seed of its own, and holds out its share of the `held_out` examples. The state then has the weights, and what is said
+here of a dataset for each.
 
 A dataset may grow at its end while a run is stopped. With `data.grown_from`, the number of examples it had when the run
 began, the run goes on with all of them: the epoch that had begun ends in its old order, so that no example is shown
@@ -17,7 +21,6 @@ of examples came into use.
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import ctypes
 import gc
@@ -29,15 +32,18 @@ import signal
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import grain
 import numpy as np
 from absl import flags
 
 from refalign_jax.config import FIELDS, MAX_TEXT_LENGTH, DataConfig
-from refalign_jax.data.examples import MASK, Spec, fill
+from refalign_jax.data.examples import MASK, fill
+from refalign_jax.data.mixture import Source, parts_of
+from refalign_jax.data.order import ENDLESS, Interleaved, Order, grow, one_after_another, seed_of, spread
 from refalign_jax.data.shards import CorruptRecordError
+from refalign_jax.data.splits import Split, check_same, open_split
 from refalign_jax.types import Float, Int
 
 Rows = dict[str, np.ndarray]
@@ -45,37 +51,12 @@ Rows = dict[str, np.ndarray]
 
 video_latents [B,F,H,W,C] · reference_latents [B,R,H,W,C] · num_references [B] int32 · subject_ids [B,R] int32, -1 where
 padded · text [B,S,text_width] · vfm_features [B,R,P,E] · ids [B] str · index [B] int64, the example's number in the
-dataset; subject_mask [B,R,P] bool, where the dataset has it; target_mean [B,E], where it was given. References and text
-are padded by a suffix of zeros.
+source · place [B] int64, its number in the split · dataset [B] int32, the number of its dataset · subject_mask [B,R,P]
+bool, where the source has it · target_mean [B,E], where it was given. References and text are padded by a suffix of
+zeros.
 """
 
-_ENDLESS = 2**52
-"""Number of positions; not `sys.maxsize`, because Grain computes with lengths as floats."""
-
 logger = logging.getLogger(__name__)
-
-
-class Source(Protocol):
-    """Random access to examples: `shards.ShardSource`, `synthetic.SyntheticSource`."""
-
-    spec: Spec
-    """What the examples have in common."""
-
-    def __len__(self) -> int:
-        """Number of examples."""
-        ...
-
-    def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Returns what `examples.parse` returns.
-
-        Raises:
-          CorruptRecordError: the example can't be read.
-        """
-        ...
-
-    def identity(self, count: int) -> str:
-        """Returns a digest of the first `count` examples; another text where they are others."""
-        ...
 
 
 class BatchIterator:
@@ -87,7 +68,7 @@ class BatchIterator:
     def __init__(
         self,
         config: DataConfig,
-        order: _Order,
+        order: Interleaved,
         read: _Read,
         rank: int,
         processes: int,
@@ -105,7 +86,7 @@ class BatchIterator:
         _keep_freed_memory()
         config = self._config
         order: grain.MapDataset = grain.MapDataset.source(self._order)
-        rows = order[self._consumed : _ENDLESS].batch(config.batch_size // self._processes)
+        rows = order[self._consumed : ENDLESS].batch(config.batch_size // self._processes)
         batches = rows[self._rank :: self._processes].map(self._read)
         options = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
         pipeline = batches.to_iter_dataset(options)
@@ -144,49 +125,45 @@ class BatchIterator:
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position after the last batch taken: plain JSON, the same in every process."""
-        source, config = self._read.source, self._config
-        return {
-            "examples_consumed": self._consumed,
-            "shuffle_seed": config.shuffle_seed,
-            "first_example": self._read.first,
-            "num_examples": self._read.size,
-            "dataset_examples": len(source),
-            "began_with": config.grown_from or len(source),
-            "dataset": source.identity(len(source)),
-            "segments": [list(segment) for segment in self._order.segments],
-        }
+        config, splits = self._config, self._read.splits
+        state = {"examples_consumed": self._consumed, "shuffle_seed": config.shuffle_seed}
+        orders = self._order.orders
+        datasets = [split.state(order) for split, order in zip(splits, orders, strict=True)]
+        if not config.mix:
+            return state | datasets[0]
+        return state | {"proportions": list(config.proportions), "datasets": datasets}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Moves to a position that `get_state` returned, with any number of processes or workers and any batch size.
 
         Raises:
-          ValueError: the state belongs to another order, that is another seed, dataset or split, or to a dataset that
-            has grown since without `data.grown_from`.
+          ValueError: the state belongs to another order, that is another seed, dataset, split or weights, or to a
+            dataset that has grown since without `data.grown_from`.
         """
-        source, config = self._read.source, self._config
-        # States of older versions have neither the dataset's size nor its digest.
-        before = state.get("dataset_examples", config.grown_from or len(source))
-        now = {
-            "shuffle_seed": config.shuffle_seed,
-            "first_example": self._read.first,
-            "num_examples": self._read.size - (len(source) - before),
-        }
-        for name, value in now.items():
-            if state.get(name) != value:
-                raise ValueError(
-                    f"The data iterator was saved with {name} {state.get(name)}, now it is {value}; "
-                    "the order of examples would change, so restore the old setting or start a new run."
-                )
-        _check_same_data(state, before, source, config)
+        config, splits = self._config, self._read.splits
+        saved = state.get("datasets", [state])
+        if not isinstance(saved, list) or not all(isinstance(one, Mapping) for one in saved):
+            raise ValueError(f"The position in the data is damaged: {dict(state)!r:.200}.")
+        now: dict[str, Any] = {"shuffle_seed": config.shuffle_seed}
+        if config.mix or "datasets" in state:
+            now |= {"proportions": list(config.proportions), "datasets": len(splits)}
+            state = dict(state) | {"datasets": len(saved), "proportions": state.get("proportions", [1])}
+        check_same(state, now)
+        for split, before in zip(splits, saved, strict=True):
+            split.check(before)
         self.close()
-        consumed, parts = state.get("examples_consumed"), state.get("segments", [(0, state["num_examples"])])
         try:
-            segments = [(int(first), int(size)) for first, size in parts]
-            consumed = int(consumed)
-        except (TypeError, ValueError) as error:
+            consumed = int(state["examples_consumed"])
+            parts = [one.get("segments", [(0, one["num_examples"])]) for one in saved]
+            segments = [[(int(first), int(size)) for first, size in part] for part in parts]
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"The position in the data is damaged: {dict(state)!r:.200}.") from error
         self._consumed = consumed
-        self._order = _Order(self._order.seed, _grow(segments, self._read.size, self._consumed))
+        orders = []
+        for number, (split, before) in enumerate(zip(splits, segments, strict=True)):
+            grown = grow(before, split.size, self._order.count(number, consumed))
+            orders.append(Order(self._order.orders[number].seed, grown))
+        self._order = self._order.change(orders)
 
     def close(self) -> None:
         """Ends threads and workers; asking for another batch starts new ones."""
@@ -210,7 +187,7 @@ def make_loader(
 
     Args:
       config: batch size, padding, split and workers.
-      source: the examples, such as `ShardSource(config.path)`.
+      source: the examples, such as `mixture.open_dataset(config)`.
       split: "train", or "held_out", the last `config.held_out` examples.
       process_index: jax.process_index().
       process_count: jax.process_count().
@@ -221,11 +198,12 @@ def make_loader(
     """
     if config.batch_size % process_count:
         raise ValueError(f"data.batch_size is {config.batch_size}; {process_count} processes must divide it.")
-    if config.grown_from > len(source):
-        raise ValueError(f"data.grown_from is {config.grown_from}, but there are {len(source)} examples.")
-    size = len(source) - config.held_out if split == "train" else config.held_out
-    start = config.first_held_out(len(source))
-    if size < 1 or start < 0:
+    train = split == "train"
+    splits, start = [], 0
+    for part, data in zip(parts_of(source), config.parts, strict=True):
+        splits.append(open_split(part, data, train, start))
+        start += len(part)
+    if not any(one.size for one in splits):
         raise ValueError(
             f"data.held_out is {config.held_out} of {len(source)} examples, which leaves none for the split {split}."
         )
@@ -234,111 +212,49 @@ def make_loader(
             f"data.text_length is {config.text_length}, but the longest prompt has {source.spec.longest_text} tokens; "
             f"it must be at least that, and the published context has {MAX_TEXT_LENGTH}."
         )
-    train = split == "train"
-    order = _Order(config.shuffle_seed if train else None, [(0, size)])
-    read = _Read(config, source, 0 if train else start, size, target_mean)
-    return BatchIterator(config, order, read, process_index, process_count)
-
-
-class _Order:
-    """The endless global order: random access from a position to the place of an example in the split.
-
-    Args:
-      seed: of the shuffling; None for the written order.
-      segments: (first position, number of examples) of each part of the order, the first at position 0. A segment ends
-        with an epoch.
-    """
-
-    def __init__(self, seed: int | None, segments: Sequence[tuple[int, int]]) -> None:
-        self.seed, self.segments = seed, list(segments)
-        self._starts = [first for first, _ in segments]
-        self._datasets: list[grain.MapDataset] = []
-        epochs = 0
-        for number, (first, size) in enumerate(segments):
-            places = grain.MapDataset.range(size)
-            if seed is not None:
-                places = places.shuffle(seed=(seed + epochs) % 2**32)
-            self._datasets.append(places.repeat())
-            if number + 1 < len(segments):
-                epochs += (segments[number + 1][0] - first) // size
-
-    def __len__(self) -> int:
-        return _ENDLESS
-
-    def __getitem__(self, position: int) -> int:
-        number = bisect.bisect_right(self._starts, position) - 1
-        return self._datasets[number][position - self._starts[number]]
-
-
-def _grow(segments: list[tuple[int, int]], size: int, consumed: int) -> list[tuple[int, int]]:
-    """Returns the segments of an order that goes on with `size` examples after the epoch that has begun."""
-    while len(segments) > 1 and segments[-1][0] >= consumed:  # a growth before that has not come into use yet
-        segments = segments[:-1]
-    first, last = segments[-1]
-    if last == size:
-        return segments
-    end = first + -(-(consumed - first) // last) * last
-    return [*segments, (end, size)] if end > first else [*segments[:-1], (end, size)]
-
-
-def _check_same_data(state: Mapping[str, Any], before: int, source: Source, config: DataConfig) -> None:
-    """Checks that the examples are those of a state, or that the option says that they have grown.
-
-    Raises:
-      ValueError: they are others, fewer, or more without the option.
-    """
-    if len(source) < before:
-        raise ValueError(
-            f"The dataset had {before} examples when the run was saved, now it has {len(source)}; restore it, or start "
-            "a new run."
-        )
-    if "dataset" in state and source.identity(before) != state["dataset"]:
-        raise ValueError(
-            f"The dataset's first {before} examples are not those that the run was saved with; restore them, or start "
-            "a new run."
-        )
-    began = state.get("began_with", before)
-    if (config.grown_from or len(source)) != began:
-        raise ValueError(
-            f"The dataset had {began} examples when the run began, now it has {len(source)}, and data.grown_from is "
-            f"{config.grown_from}; set data.grown_from={began} to go on with all of them."
-        )
+    seeds = [seed_of(number, config.shuffle_seed) if train else None for number in range(len(splits))]
+    orders = [Order(seed, [(0, max(one.size, 1))]) for seed, one in zip(seeds, splits, strict=True)]
+    turns = spread(config.proportions) if train else one_after_another([one.size for one in splits])
+    read = _Read(config, source, splits, target_mean)
+    return BatchIterator(config, Interleaved(orders, turns), read, process_index, process_count)
 
 
 class _Read:
     """Reads the examples of a batch, each directly into its row, so a thread has one record in memory at a time.
 
     Args:
-      config: padding, and which examples are held out.
+      config: padding.
       source: the examples.
-      first: index of the split's first example; the training split begins at 0 and passes over what is held out.
-      size: number of examples in the split.
+      splits: of each dataset.
       target_mean: as in `make_loader`.
     """
 
     def __init__(
-        self, config: DataConfig, source: Source, first: int, size: int, target_mean: np.ndarray | None
+        self, config: DataConfig, source: Source, splits: Sequence[Split], target_mean: np.ndarray | None
     ) -> None:
-        self._config, self.source, self.first, self.size = config, source, first, size
         self._target_mean = target_mean
-        self._gap = config.first_held_out(len(source)) if size == len(source) - config.held_out else len(source)
+        self._config, self._spec, self.splits = config, source.spec, tuple(splits)
+        self._places = np.cumsum([0, *(split.size for split in splits)])
 
-    def __call__(self, places: Int[np.ndarray, " B"]) -> dict[str, Any]:
-        """Returns `Rows` of the examples at these places in the split, and messages on corrupt records."""
-        B, R = len(places), self._config.max_references
+    def __call__(self, turns: Int[np.ndarray, "B 2"]) -> dict[str, Any]:
+        """Returns `Rows` of the examples at these turns, (dataset, place), and messages on corrupt records."""
+        B, R = len(turns), self._config.max_references
         corrupt: list[str] = []
         ids: list[str] = []
         batch: dict[str, Any] = {
             "num_references": np.zeros(B, np.int32),
             "subject_ids": np.full((B, R), -1, np.int32),
             "index": np.zeros(B, np.int64),
+            "place": np.zeros(B, np.int64),
+            "dataset": np.zeros(B, np.int32),
         }
-        if self.source.spec.subject_mask:
-            batch[MASK] = np.zeros((B, R, self.source.spec.vfm_tokens), bool)
+        if self._spec.subject_mask:
+            batch[MASK] = np.zeros((B, R, self._spec.vfm_tokens), bool)
         if self._target_mean is not None:
             batch["target_mean"] = np.tile(self._target_mean, (B, 1))
-        for row, place in enumerate(places.tolist()):
-            index, arrays, about = self._readable(place, corrupt)
+        for row, (number, place) in enumerate(turns.tolist()):
+            split = self.splits[number]
+            place, arrays, about = self._readable(split, place, corrupt)
             if row == 0:
                 batch |= self._allocate(B, arrays)
             for name in FIELDS:
@@ -351,18 +267,20 @@ class _Read:
             if MASK in batch:
                 batch[MASK][row, :used] = arrays[MASK][:used]
             batch["num_references"][row] = used
-            batch["index"][row] = index
+            batch["index"][row] = split.start + split.index(place)
+            batch["place"][row] = self._places[number] + place
+            batch["dataset"][row] = number
             ids.append(about["id"])
         return {**batch, "ids": np.array(ids), "corrupt": corrupt}
 
-    def _readable(self, place: int, corrupt: list[str]) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
-        """Returns the example at a place or, if its record is corrupt, at the next readable place in the split."""
-        for step in range(self.size):
-            index = self.first + (place + step) % self.size
-            if index >= self._gap:
-                index += self._config.held_out
+    def _readable(
+        self, split: Split, place: int, corrupt: list[str]
+    ) -> tuple[int, dict[str, np.ndarray], dict[str, Any]]:
+        """Returns the example at a place or, if its record is corrupt, at the next readable place; and the place."""
+        for step in range(split.size):
+            here = (place + step) % split.size
             try:
-                return index, *self.source[index]
+                return here, *split.source[split.index(here)]
             except CorruptRecordError as error:
                 corrupt.append(str(error))
                 if step >= self._config.max_corrupt:

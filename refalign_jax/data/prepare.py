@@ -1,6 +1,7 @@
 """Records to prepared examples: read, encode, write, once; training reads the result alone.
 
-Records are read ahead in threads; the encoders run in this one. Everything random about a record depends on its id and
+Records are read ahead in threads, and the encoders run in this one; or both are Ray's (ray_engine.py), which spreads
+them over processes and machines and gives the same bytes. Everything random about a record depends on its id and
 the seed, so the same records give the same examples in any order and after any interruption. A run that is started
 again skips the records that are in finished shards, and tries again those that were left out. Every record left out is
 listed in skipped.jsonl with its reason.
@@ -21,7 +22,7 @@ import itertools
 import json
 import operator
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from etils import epath
@@ -29,7 +30,7 @@ from tqdm import tqdm
 
 from refalign_jax.config import MAX_TEXT_LENGTH, AugmentConfig, PrepareConfig
 from refalign_jax.data.clips import INPUTS, Clip, load_record
-from refalign_jax.data.encode import encode_clips
+from refalign_jax.data.encode import Described, Made, describe_encoders, encode_in_batches
 from refalign_jax.data.examples import Example
 from refalign_jax.data.inputs import changed_files, compare
 from refalign_jax.data.manifest import MANIFEST, read_manifest
@@ -79,18 +80,19 @@ def prepare(
         _check_ids(mine)
     check_free(place, "tools/prepare.py")
     _check_settings(place, config, source)
-    encoders = open_encoders(config)
     with contextlib.ExitStack() as stack:
         digests = stack.enter_context(Digests(place))
-        made = _describe(config, source, encoders, digests)
+        described, make = _open_engine(config, place, digests)
+        made = _describe(source, config, described, digests)
         size = config.examples_per_shard
         writer = stack.enter_context(ShardWriter(place, storage=config.storage, made=made, examples_per_shard=size))
         _check_settings(place, config, source)  # another process may have begun it since
-        run = _Run(config=config, encoders=encoders, digests=digests, skips=stack.enter_context(SkipLog(place)))
+        run = _Run(config=config, make=make, digests=digests, skips=stack.enter_context(SkipLog(place)))
         kept = _drop_changed(mine, writer, run)
         done, new = writer.done, 0
-        with tqdm(total=operator.length_hint(mine) or None, unit="record", desc="prepare") as bar:
-            for example, inputs in _examples(_todo(mine, done, bar), run, bar):
+        total = operator.length_hint(mine) or None
+        with tqdm(total=total, initial=min(len(done), total or 0), unit="record", desc="prepare") as bar:
+            for example, inputs in _examples(Todo(mine, done), run, bar):
                 writer.add(example, inputs)
                 new += 1
             bar.total = bar.n  # it may have been an estimate
@@ -100,6 +102,26 @@ def prepare(
     notes = f"{run.skips}.{kept}{run.cut_prompts()}{run.lost_references()}"
     joined = f" {join_parts(whole, parts)}" if parts > 1 else ""
     return f"{len(done) + new} examples are in {place}, {new} of them new; {notes}{joined}"
+
+
+def _open_engine(
+    config: PrepareConfig, place: epath.Path, digests: Digests
+) -> tuple[Described, Callable[[Todo], Iterator[Made | Skipped]]]:
+    """Opens what reads and encodes: threads of this process, or Ray.
+
+    Returns:
+      What the manifest says of the encoders, and a function from records to what becomes of each, in their order.
+
+    Raises:
+      ValueError: the encoders don't fit, or Ray is not installed.
+    """
+    if config.engine == "ray":
+        from refalign_jax.data.ray_engine import RayEngine  # an optional package
+
+        engine = RayEngine(config, place)
+        return engine.describe(), engine.make
+    encoders = open_encoders(config)
+    return describe_encoders(encoders), lambda todo: _in_threads(todo, config, encoders, digests)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +144,8 @@ class _Run:
     """What a run of `prepare` works with, and what it notes on the way."""
 
     config: PrepareConfig
-    encoders: Encoders
+    make: Callable[[Todo], Iterator[Made | Skipped]]
+    """Reads and encodes records."""
     digests: Digests
     skips: SkipLog
     """Records that were left out."""
@@ -144,29 +167,37 @@ class _Run:
         return f" References left out: {', '.join(f'{count} {reason}' for reason, count in lost)}." if lost else ""
 
 
-def _todo(records: _Part, done: frozenset[str], bar: tqdm) -> Iterator[Record | Skipped | Entry]:
-    """Yields the records that are not done yet; one whose id was seen before is left out."""
-    seen: set[int] = set()  # 64 bits of a hash in place of the id, since there may be millions
-    for record in records:
-        key = int.from_bytes(hashlib.blake2b(record.id.encode("utf-8", "replace"), digest_size=8).digest())
-        if key in seen:
-            yield Skipped(id=record.id, reason=REPEATED)
-        elif record.id in done:
-            bar.initial += 1  # so that it does not count in the rate
-            bar.update()
-        else:
-            yield record
-        seen.add(key)
+class Todo:
+    """The records that are not done yet, one after the other; one whose id was seen before is left out.
+
+    Args:
+      records: of the source.
+      done: ids of the finished examples.
+    """
+
+    def __init__(self, records: Records, done: Set[str]) -> None:
+        self._records, self._done = records, done
+
+    def __iter__(self) -> Iterator[Record | Skipped | Entry]:
+        seen: set[int] = set()  # 64 bits of a hash in place of the id, since there may be millions
+        for record in self._records:
+            key = int.from_bytes(hashlib.blake2b(record.id.encode("utf-8", "replace"), digest_size=8).digest())
+            if key in seen:
+                yield Skipped(id=record.id, reason=REPEATED)
+            elif record.id not in self._done:
+                yield record
+            seen.add(key)
 
 
-def _describe(config: PrepareConfig, source: Mapping[str, Any], encoders: Encoders, digests: Digests) -> dict[str, Any]:
+def _describe(
+    source: Mapping[str, Any], config: PrepareConfig, encoders: Described, digests: Digests
+) -> dict[str, Any]:
     """Returns `Manifest.made`."""
-    (empty,) = encoders.text.encode([""])
     made = about()
     made["versions"] |= {name: importlib.metadata.version(name) for name in ("av", "pillow", "scikit-image")}
-    made |= {"source": dict(source), "settings": config.settings, "encoders": encoders.describe()}
+    made |= {"source": dict(source), "settings": config.settings, "encoders": encoders.about}
     made["digests"] = weights_digests(made["encoders"], digests)
-    made["empty_text"] = [[float(f"{value:.9g}") for value in row] for row in empty.tolist()]
+    made["empty_text"] = [[float(f"{value:.9g}") for value in row] for row in encoders.empty_text.tolist()]
     return made
 
 
@@ -208,38 +239,29 @@ def _drop_changed(records: _Part, writer: ShardWriter, run: _Run) -> str:
     return f" Made again, because inputs had changed: {len(found.changed)}.{found}"
 
 
-def _examples(todo: Iterator[Record | Skipped | Entry], run: _Run, bar: tqdm) -> Iterator[tuple[Example, str]]:
+def _examples(todo: Todo, run: _Run, bar: tqdm) -> Iterator[tuple[Example, str]]:
     """Yields the examples of records, in order, each with the digest of its inputs; notes what is left out."""
+    for made in run.make(todo):
+        bar.set_postfix(skipped=run.skips.count, refresh=False)
+        bar.update()
+        if isinstance(made, Skipped):
+            run.skips.add(made)
+            continue
+        if made.cut:
+            run.cut += 1
+            run.most_cut = max(run.most_cut, (made.cut, made.example.id))
+        run.skips.references.update(entry.reason for entry in made.dropped)
+        yield made.example, made.inputs
 
-    def encoded(clips: list[Clip]) -> Iterator[tuple[Example, str]]:
-        counts = run.encoders.text.count_tokens([clip.record.prompt for clip in clips])
-        for clip, example, tokens in zip(clips, encode_clips(clips, run.encoders), counts, strict=True):
-            if tokens > MAX_TEXT_LENGTH:
-                run.cut += 1
-                run.most_cut = max(run.most_cut, (tokens - MAX_TEXT_LENGTH, clip.record.id))
-            if isinstance(example, Skipped):
-                run.skips.add(example)
-            else:
-                run.skips.references.update(entry.reason for entry in clip.record.dropped)
-                yield example, clip.inputs
-            bar.update()
+
+def _in_threads(todo: Todo, config: PrepareConfig, encoders: Encoders, digests: Digests) -> Iterator[Made | Skipped]:
+    """Reads records in threads, a few ahead, and encodes them in this one."""
 
     def load(record: Record | Skipped | Entry) -> Clip | Skipped:
-        return load_record(record, run.config, run.digests)
+        return load_record(record, config, digests)
 
-    clips: list[Clip] = []
-    for loaded in in_order(load, todo, run.config.workers, run.config.workers + 1):
-        if isinstance(loaded, Skipped):
-            run.skips.add(loaded)
-            bar.update()
-        else:
-            clips.append(loaded)
-        bar.set_postfix(skipped=run.skips.count, refresh=False)
-        if len(clips) == run.config.batch_size:
-            yield from encoded(clips)
-            clips = []
-    if clips:
-        yield from encoded(clips)
+    loaded = in_order(load, todo, config.workers, config.workers + 1)
+    return encode_in_batches(loaded, encoders, config.batch_size)
 
 
 def _check_settings(folder: epath.Path, config: PrepareConfig, source: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from refalign_jax.alignment import SubjectPatches, make_targets, remaining_push
 from refalign_jax.config import AlignmentConfig
 from refalign_jax.data.examples import MASK, fill
-from refalign_jax.data.loader import Source
+from refalign_jax.data.mixture import Source
 from refalign_jax.types import Array, Float, Int
 
 MEAN_EXAMPLES = 256

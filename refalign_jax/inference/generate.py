@@ -152,7 +152,7 @@ def _read_run(weights: str, config: GenerateConfig) -> tuple[Config, str, str]:
 
 def _open_encoders(run: Config, config: GenerateConfig) -> tuple[VideoCodec, TextEncoder, tuple[int, int, int]]:
     """Opens codec and text encoder, and chooses the size of videos: as configured, the rest as the dataset has it."""
-    dataset = run.data.path if config.dataset is None else config.dataset
+    dataset = next(iter(run.data.paths), "") if config.dataset is None else config.dataset
     dit, made = run.model.dit, dict[str, Any]()
     if dataset and not (config.vae and config.text_encoder and config.height and config.width and config.num_frames):
         made = dict(read_manifest(dataset).made)
@@ -206,8 +206,9 @@ def _dataset_fps(run: Config, config: GenerateConfig) -> float:
     """Returns the frames a second of the dataset's clips, or 16 where no dataset is named or the run's is elsewhere."""
     if config.dataset:
         return clip_fps(config.dataset)
-    here = bool(run.data.path) and (epath.Path(run.data.path) / MANIFEST).exists()
-    return clip_fps(run.data.path) if here else WAN_FPS
+    trained = next(iter(run.data.paths), "")
+    here = bool(trained) and (epath.Path(trained) / MANIFEST).exists()
+    return clip_fps(trained) if here else WAN_FPS
 
 
 def _check_fit(model: ModelConfig, codec: VideoCodec, text: TextEncoder, size: tuple[int, int, int]) -> None:

@@ -74,7 +74,8 @@ def _summary(run: Run) -> str:
     config, last = run.config, run.steps[-1]["step"] if run.steps else 0
     weight = config.model.alignment.weight
     how = f"with reference alignment (λ = {weight:g})" if weight else "without reference alignment (λ = 0)"
-    data = f"prepared examples of {Path(config.data.path).name}" if config.data.path else "synthetic noise"
+    names = [Path(path).name for path in config.data.paths]
+    data = f"prepared examples of {' and '.join(names)}" if names else "synthetic noise"
     return f"A video diffusion transformer trained for {last:,} steps {how} on {data}."
 
 

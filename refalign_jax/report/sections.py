@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from markupsafe import Markup
 from PIL import Image
 
+from refalign_jax.config import Config
 from refalign_jax.data.images import read_image
 from refalign_jax.data.video import probe, read_frames
 from refalign_jax.report import content, figures
@@ -74,12 +75,19 @@ def about(run: Run) -> Markup:
         ("Training time", _duration(seconds) if seconds else UNKNOWN, False),
         ("Devices", made.get("devices", UNKNOWN), False),
         ("Started", str(made.get("time", UNKNOWN)).replace("T", " ").replace("+00:00", " UTC"), False),
-        ("Data", config.data.path or f"{config.synthetic.num_examples} synthetic examples", True),
+        ("Data", _data(config), True),
         ("Commit", made.get("commit", "unknown"), True),
         ("Command", made.get("command", UNKNOWN), True),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version), True),
     ]
     return render("about.html", facts=facts, recipe=json.dumps(dataclasses.asdict(config), indent=1))
+
+
+def _data(config: Config) -> str:
+    """The datasets, those of a mixture with their weights."""
+    if config.data.mix:
+        return " + ".join(f"{weight:g} {path}" for path, weight in config.data.mix)
+    return config.data.path or f"{config.synthetic.num_examples} synthetic examples"
 
 
 def losses(run: Run) -> Section:

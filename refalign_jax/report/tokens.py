@@ -21,7 +21,7 @@ from refalign_jax.config import Config, DiTConfig, MeshConfig, ModelConfig
 from refalign_jax.convert.checkpoint import find_checkpoint, restore_params
 from refalign_jax.convert.load import initial_params
 from refalign_jax.data.loader import make_loader
-from refalign_jax.data.shards import ShardSource
+from refalign_jax.data.mixture import Source, open_dataset
 from refalign_jax.flow import corrupt, lookup, training_schedule
 from refalign_jax.initial import random_params
 from refalign_jax.models.condition import Condition
@@ -74,7 +74,7 @@ def read_references(config: Config) -> References:
     """
     if config.synthetic.num_examples:
         raise ValueError("The run was trained on synthetic noise, which shows no subjects.")
-    source = ShardSource(config.data.path)
+    source = open_dataset(config.data)
     count = min(EXAMPLES, config.data.held_out or len(source))
     data = dataclasses.replace(config.data, batch_size=1, held_out=count, num_workers=0, dtype="float32")
     loader = make_loader(data, source, split="held_out")
@@ -92,7 +92,9 @@ def read_references(config: Config) -> References:
         shown = ~representation.background(same, subjects if named else place[2])
         place, subjects, same = _take(place, shown), subjects[shown], same[shown][:, shown]
     if len(place[0]) < 3:
-        raise ValueError(f"The last {count} examples of {config.data.path} have no references that show a subject.")
+        raise ValueError(
+            f"The last {count} examples of {' and '.join(config.data.paths)} have no references that show a subject."
+        )
     return References(
         rows=tuple(rows),
         held_out=bool(config.data.held_out),
@@ -184,7 +186,7 @@ def _shapes(model: ModelConfig) -> Params:
     return place_shapes(shapes, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
 
 
-def _names(source: ShardSource, row: Mapping[str, np.ndarray]) -> list[str]:
+def _names(source: Source, row: Mapping[str, np.ndarray]) -> list[str]:
     """Subject of each reference of an example; each unnamed one is a subject of its own."""
     index = int(row["index"][0])
     given = source[index][1]["metadata"].get("subjects") or []

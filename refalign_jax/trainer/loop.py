@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import jax
 
 from refalign_jax.config import Config, TrainConfig
-from refalign_jax.data.loader import Rows, Source
+from refalign_jax.data.loader import Rows
+from refalign_jax.data.mixture import Source
 from refalign_jax.data.shards import clip_fps
 from refalign_jax.trainer import distributed, preflight
 from refalign_jax.trainer.distributed import HangGuard
@@ -151,12 +152,12 @@ def next_rows(state: TrainState, run: Run, log: Log) -> Rows:
 
 def preview(state: TrainState, run: Run, done: int) -> None:
     """Samples from the first held-out examples, by the moving average where there is one, and writes the samples."""
-    batch, _ = next(held_out_batches(run.config, run.source, run.mesh))
+    batch, *_ = next(held_out_batches(run.config, run.source, run.mesh))
     with jax.set_mesh(run.mesh):
         drawn = draw_preview(state.ema or state.params, batch, run.empty_text, run.config)
     if jax.process_index() == 0:
         path = Path(run.config.train.folder) / "previews" / f"step-{done:08d}"
-        fps = 16.0 if run.codec is None else clip_fps(run.config.data.path)
+        fps = 16.0 if run.codec is None else clip_fps(run.config.data.paths[0])
         write_preview(path, drawn, run.made, run.codec, fps)
 
 

@@ -19,8 +19,8 @@ import numpy as np
 from refalign_jax import flops
 from refalign_jax.config import Config, flat_fields
 from refalign_jax.data.examples import Spec
-from refalign_jax.data.loader import BatchIterator, Source, make_loader
-from refalign_jax.data.shards import ShardSource, read_manifest
+from refalign_jax.data.loader import BatchIterator, make_loader
+from refalign_jax.data.mixture import Source, manifest_of, open_dataset, parts_of
 from refalign_jax.data.synthetic import SyntheticSource
 from refalign_jax.data.targets import target_mean
 from refalign_jax.encoders.interface import VideoCodec
@@ -46,18 +46,19 @@ def open_source(config: Config) -> Source:
     """
     synthetic = config.synthetic
     if synthetic.num_examples:
-        if config.data.path:
+        if config.data.paths:
+            field = f"mix={config.data.mix}" if config.data.mix else f"path={config.data.path!r}"
             raise ValueError(
-                f"data.path={config.data.path!r} and synthetic.num_examples={synthetic.num_examples} exclude each "
-                "other; set one of them to nothing."
+                f"data.{field} and synthetic.num_examples={synthetic.num_examples} exclude each other; set one of them "
+                "to nothing."
             )
         made = SyntheticSource(synthetic_spec(config))
         check_data(config, made, "synthetic")
         return made
-    if not config.data.path:
+    if not config.data.paths:
         raise ValueError("data.path is empty; name the folder of a prepared dataset, or set synthetic.num_examples.")
-    source = ShardSource(config.data.path)
-    check_data(config, source, config.data.path)
+    source = open_dataset(config.data)
+    check_data(config, source, " and ".join(config.data.paths))
     return source
 
 
@@ -81,7 +82,7 @@ def check_data(config: Config, source: Source, name: str) -> None:
     Raises:
       ValueError: one sentence that lists everything that does not fit.
     """
-    found = [*_sizes_apart(config, source.spec), *_grid_apart(config, source.spec)]
+    found = [*_sizes_apart(config, source), *_grid_apart(config, source.spec)]
     rows = _empty_rows(source)
     if rows is not None and (rows.ndim != 2 or rows.shape[1] != config.model.dit.text_width):
         found.append(
@@ -95,22 +96,27 @@ def check_data(config: Config, source: Source, name: str) -> None:
             "they have no subject masks, which model.alignment.center_targets and subject_patches_only need; prepare "
             "them again in another folder"
         )
-    if config.data.held_out >= len(source):
-        found.append(
-            f"data.held_out is {config.data.held_out} of {len(source)} examples, which leaves none to train on"
-        )
+    for part, data in zip(parts_of(source), config.data.parts, strict=True):
+        if data.held_out >= len(part):
+            of_path = f" of {data.path}" if config.data.mix else ""
+            found.append(
+                f"data.held_out{of_path} is {data.held_out} of {len(part)} examples, which leaves none to train on"
+            )
     if found:
         raise ValueError(f"The recipe does not fit the examples of {name}: {'; '.join(found)}.")
 
 
-def _sizes_apart(config: Config, spec: Spec) -> list[str]:
+def _sizes_apart(config: Config, source: Source) -> list[str]:
     """Widths, channels and lengths that differ, each as a clause; all of them can be taken from the dataset."""
+    spec, manifest = source.spec, manifest_of(source)
+    vfm = manifest.made.get("encoders", {}).get("vfm", {}).get("name") if manifest else None
     pairs = [
         ("latent channels", spec.video_latents[-1], "model.dit.latent_channels", config.model.dit.latent_channels),
         ("text width", spec.text_width, "model.dit.text_width", config.model.dit.text_width),
     ]
     if config.model.alignment.weight > 0:
-        pairs.append(("VFM width", spec.vfm_width, "model.alignment.vfm_width", config.model.alignment.vfm_width))
+        width = f"VFM features of {vfm} with the width" if vfm else "VFM width"
+        pairs.append((width, spec.vfm_width, "model.alignment.vfm_width", config.model.alignment.vfm_width))
     found = [f"they have {what} {have}, but {field} is {want}" for what, have, field, want in pairs if have != want]
     if spec.longest_text > config.data.text_length:
         found.append(
@@ -144,7 +150,7 @@ def _grid_apart(config: Config, spec: Spec) -> list[str]:
 
 
 def fit_to_dataset(config: Config) -> Config:
-    """Takes sizes from the dataset `data.path`, and logs each that changes.
+    """Takes sizes from the dataset `data.path`, or from those of `data.mix`, and logs each that changes.
 
     These are latent channels, the widths of text and VFM features, and the number of references. The text length is
     raised to the longest prompt's, never lowered: the model attends to padding, so that a shorter text is another
@@ -153,9 +159,9 @@ def fit_to_dataset(config: Config) -> Config:
     Raises:
       ValueError: there is no such dataset.
     """
-    if not config.data.path:
-        raise ValueError("--from-dataset needs data.path, the folder of a prepared dataset.")
-    spec, model, data = read_manifest(config.data.path).spec, config.model, config.data
+    if not config.data.paths:
+        raise ValueError("--from-dataset needs data.path, the folder of a prepared dataset, or data.mix.")
+    spec, model, data = open_dataset(config.data).spec, config.model, config.data
     fitted = dataclasses.replace(
         config,
         model=dataclasses.replace(
@@ -171,7 +177,7 @@ def fit_to_dataset(config: Config) -> Config:
     before, after = (flat_fields(dataclasses.asdict(x)) for x in (config, fitted))
     for name in before:
         if before[name] != after[name] and not name.startswith("synthetic."):
-            logger.info("%s is %s, as in %s; the recipe says %s.", name, after[name], data.path, before[name])
+            logger.info("%s is %s, as in %s; the recipe says %s.", name, after[name], data.paths[0], before[name])
     return fitted
 
 
@@ -190,7 +196,8 @@ def empty_text(config: Config, source: Source) -> Float[np.ndarray, "S text_widt
 
 def _empty_rows(source: Source) -> np.ndarray | None:
     """The manifest's embedding of the empty prompt, [tokens, text_width]; None where it has none."""
-    found = source.manifest.made.get("empty_text") if isinstance(source, ShardSource) else None
+    manifest = manifest_of(source)
+    found = manifest.made.get("empty_text") if manifest else None
     return None if found is None else np.asarray(found, np.float32)
 
 
@@ -202,9 +209,10 @@ def preview_codec(config: Config, source: Source) -> VideoCodec | None:
     Raises:
       ValueError: the codec's weights are no longer where they were.
     """
-    if not config.train.preview_every or not isinstance(source, ShardSource):
+    manifest = manifest_of(source)
+    if not config.train.preview_every or manifest is None:
         return None
-    described = source.manifest.made.get("encoders", {}).get("video")
+    described = manifest.made.get("encoders", {}).get("video")
     if described is None:
         return None
     from refalign_jax.encoders.open import reopen_video_codec  # most runs need no encoder
@@ -295,6 +303,8 @@ def open_loader(config: Config, source: Source, part: Literal["train", "held_out
     """This process's share of the batches."""
     alignment, mean = config.model.alignment, None
     if alignment.needs_subject_mask and alignment.center_targets == "dataset":
-        mean = target_mean(source, config.data.grown_from or len(source))
+        parts = zip(parts_of(source), config.data.parts, strict=True)
+        means = [target_mean(part, data.began_with(len(part))) for part, data in parts]
+        mean = np.average(means, axis=0, weights=config.data.proportions).astype(np.float32)
     place: Any = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     return make_loader(config.data, source, split=part, target_mean=mean, **place)

@@ -13,7 +13,8 @@ import jax
 from jax.sharding import Mesh
 
 from refalign_jax.config import Config
-from refalign_jax.data.loader import BatchIterator, Source
+from refalign_jax.data.loader import BatchIterator
+from refalign_jax.data.mixture import Source
 from refalign_jax.encoders.interface import VideoCodec
 from refalign_jax.initial import random_params
 from refalign_jax.locks import exclusive

@@ -42,7 +42,7 @@ def test_recipes_are_found_by_path_and_by_bare_name(tmp_path, monkeypatch):
     assert read_recipe("tiny") == read_recipe(RECIPES / "tiny.py") == read_recipe(str(RECIPES / "tiny.py"))
     (tmp_path / "tiny").mkdir()  # neither a folder nor a file of that name hides a recipe that comes with the package
     assert read_recipe("tiny") == read_recipe(RECIPES / "tiny.py")
-    with pytest.raises(ValueError, match=r"The recipe tiny\.py does not exist; .* one of demo, refalign_14b_stage1"):
+    with pytest.raises(ValueError, match=r"The recipe tiny\.py does not exist; .* one of demo, refalign_14b_mixture"):
         read_recipe("tiny.py")
     (tmp_path / "x.txt").write_text("")
     with pytest.raises(ValueError, match=r"x\.txt is not a recipe"):

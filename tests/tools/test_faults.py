@@ -288,7 +288,7 @@ def write_recipe(place: Path) -> Path:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "recipe.py does not exist; name a Python file with get_config(), or one of demo, refalign_14b_stage1,"),
+        (None, "recipe.py does not exist; name a Python file with get_config(), or one of demo, refalign_14b_mixture,"),
         ("def get_config(:", "cannot be read as a recipe: "),
         ("import nothing_of_that_name", "No module named 'nothing_of_that_name'"),
         ("x = 1", "has no attribute 'get_config'"),

@@ -79,7 +79,7 @@ def test_recipes_are_whole_and_their_headers_say_how_to_run_them(path):
     if not path.stem.startswith("refalign"):
         return
     assert tokens(config.model.dit, Shape(grid=(21, 60, 104), references=3, text_length=512)) == (32_760, 4_680)
-    assert config.optimizer.learning_rate == (5e-5 if "stage1" in path.stem else 1e-5)
+    assert config.optimizer.learning_rate == (1e-5 if "stage2" in path.stem else 5e-5)
     assert config.train.folder == f"runs/{path.stem}"
     if "stage2" in path.stem:
         assert config.train.init == f"runs/{path.stem.replace('stage2', 'stage1')}"
