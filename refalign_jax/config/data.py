@@ -244,11 +244,11 @@ class PrepareConfig:
     engine: Literal["threads", "ray"] = "threads"
     """What reads and encodes: threads of this process, or Ray Data on this machine or a cluster (RAY_ADDRESS)."""
     encoder_processes: int = 1
-    """Of the engine ray: processes that encode, each with encoders of its own."""
+    """Processes of the engine ray that encode, each with encoders of its own."""
     encoder_gpus: float = 0.0
-    """Of the engine ray: GPUs that each of them has."""
+    """GPUs that each of these processes has."""
     encoder_tpus: int = 0
-    """Of the engine ray: TPU chips that each of them has."""
+    """TPU chips that each of these processes has."""
     batch_size: int = 1
     """Records encoded together; with several devices a multiple of their number."""
     compute_dtype: ComputeDtype = "bfloat16"

@@ -17,7 +17,7 @@ class Split:
 
     source: Source
     data: DataConfig
-    """Of this dataset alone."""
+    """Configuration of this dataset alone."""
     first: int
     """Index of the split's first example; the training split begins at 0 and passes over what is held out."""
     size: int

@@ -35,7 +35,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path):
     train(mixed(tmp_path / "parts"), source())
     assert differences(tmp_path / "whole", tmp_path / "parts") == []
 
-    steps = [line for line in read_metrics(tmp_path / "whole") if "step" in line]
+    steps = [line for line in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "step" in line]
     last = [line for line in steps if "held_out_loss" in line][-1]
     for term in ("loss", "flow", "pull", "push"):
         both = 5 * last[f"held_out_{term}/opens2v"] + 3 * last[f"held_out_{term}/phantom"]
