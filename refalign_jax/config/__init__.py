@@ -27,6 +27,7 @@ from refalign_jax.config.model import (
 )
 from refalign_jax.config.recipe import RECIPES, find_recipe, flat_fields, from_dict, read_recipe, without_data
 from refalign_jax.config.sample import ExportConfig, GenerateConfig, SamplingConfig
+from refalign_jax.config.sources import OpenS2VConfig, PhantomConfig
 from refalign_jax.config.train import Config, DropoutConfig, MeshConfig, OptimizerConfig, TrainConfig
 
 __all__ = [
@@ -51,7 +52,9 @@ __all__ = [
     "MeshConfig",
     "Mode",
     "ModelConfig",
+    "OpenS2VConfig",
     "OptimizerConfig",
+    "PhantomConfig",
     "Plan",
     "PrepareConfig",
     "RematPolicy",

@@ -191,6 +191,8 @@ class AugmentConfig:
     """Smallest and largest scale."""
     brightness: tuple[float, float] = (0.9, 1.1)
     """Smallest and largest factor of all channels together."""
+    blur: float = 0.0
+    """Largest standard deviation of a Gaussian blur, in pixels of the canvas; 0 for none, as in the published code."""
     colour: float = 0.05
     """Largest change of each channel by itself, as a fraction of a pixel's range; the paper says at most 0.05."""
 
@@ -198,6 +200,7 @@ class AugmentConfig:
         check_values(self)
         check_range(self, "flip", "perspective", "perspective_probability", "shift", "colour", least=0, most=1)
         check_range(self, "rotation", least=0, most=180)
+        check_range(self, "blur", least=0)
         check_range(self, "shear", least=0, most=60)
         check_range(self, "scale", "brightness", above=0)
         for name, (low, high) in (("scale", self.scale), ("brightness", self.brightness)):

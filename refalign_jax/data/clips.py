@@ -16,7 +16,7 @@ from refalign_jax.data.clip_frames import Selection, Still, Wish, read_clip
 from refalign_jax.data.inputs import read_inputs
 from refalign_jax.data.records import Entry, Record, Reference, Skipped, random_of, subject_ids
 from refalign_jax.data.references import load_reference
-from refalign_jax.data.video import TICK, VideoInfo
+from refalign_jax.data.video import TICK, BoxError, VideoInfo
 from refalign_jax.digests import Digests
 from refalign_jax.types import Bool, Float, Int
 
@@ -24,6 +24,7 @@ UNREADABLE_RECORD = "the record can't be read"
 INPUTS = "inputs"
 """Where an example's metadata has the digests of its files."""
 UNREADABLE_VIDEO = "the video can't be read"
+CROP_OUTSIDE = "the crop lies outside of the frame"
 UNREADABLE_REFERENCE = "a reference can't be read"
 
 
@@ -97,6 +98,8 @@ def load_clip(record: Record, config: PrepareConfig) -> Clip | Skipped:
     wish = Wish(choose=choose, height=size[0], width=size[1], crop=record.crop, end=end, stills=own)
     try:
         read = read_clip(record.video, wish)
+    except BoxError as error:
+        return Skipped(id=record.id, reason=CROP_OUTSIDE, detail=str(error))
     except ValueError as error:
         return Skipped(id=record.id, reason=UNREADABLE_VIDEO, detail=str(error))
     times, chosen = read.info.times[first:], read.numbers
@@ -104,14 +107,7 @@ def load_clip(record: Record, config: PrepareConfig) -> Clip | Skipped:
         return _too_short(record, times, config)
     try:
         references = [
-            load_reference(
-                reference,
-                *size,
-                augment=config.augment,
-                rng=rng,
-                still=_still(reference, record, read),
-            )
-            for reference in used
+            load_reference(one, *size, augment=config.augment, rng=rng, still=_still(one, record, read)) for one in used
         ]
     except ValueError as error:
         return Skipped(id=record.id, reason=UNREADABLE_REFERENCE, detail=str(error))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,9 @@ import numpy as np
 from refalign_jax.data.stored import File, need
 from refalign_jax.data.video import Box
 from refalign_jax.types import Bool, Int
+
+_COUNTS = re.compile(r"(?:[P-o]{0,6}[0-O])+")
+"""COCO's coding of run lengths: six bits a character from 0 on, the highest of which says that another follows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +39,29 @@ class RunLengths:
         Raises:
           ValueError: the runs do not fill the size, or pycocotools is not installed.
         """
+        what = f"a mask of {self.size[1]}x{self.size[0]} can't be decoded"
+        if not _COUNTS.fullmatch(self.counts):  # the decoder would read beyond the end of such a text
+            raise ValueError(f"{what}: it is not COCO's coding.")
+        runs = self._runs()
+        if runs.min() < 0 or runs.sum() != self.size[0] * self.size[1]:
+            raise ValueError(f"{what}: its runs have {runs.sum()} pixels.")  # the decoder would fill the rest
+        coco = need("pycocotools.mask")
         try:
-            return need("pycocotools.mask").decode({"size": list(self.size), "counts": self.counts}).astype(bool)
-        except (TypeError, OverflowError, MemoryError) as error:
-            raise ValueError(f"A mask of {self.size[1]}x{self.size[0]} can't be decoded: {error}.") from error
+            return coco.decode({"size": list(self.size), "counts": self.counts}).astype(bool)
+        except (ValueError, TypeError, OverflowError, MemoryError) as error:
+            raise ValueError(f"{what}: {error}.") from error
+
+    def _runs(self) -> Int[np.ndarray, " runs"]:
+        """The run lengths: five bits a character, the lowest first, with a sign; from the fourth on differences."""
+        codes = np.frombuffer(self.counts.encode(), np.uint8).astype(np.int64) - 48
+        ends = np.flatnonzero(codes < 32)
+        starts = np.append(0, ends[:-1] + 1)
+        digits = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
+        values = np.add.reduceat((codes & 31) << 5 * digits, starts)
+        values -= np.where(codes[ends] & 16, 1 << 5 * (ends - starts + 1), 0)
+        values[1::2] = np.cumsum(values[1::2])
+        values[2::2] = np.cumsum(values[2::2])
+        return values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,6 +84,8 @@ class Reference:
     """Name of the subject; references of one name show one subject. None: a subject that no other reference shows."""
     own_clip: bool = False
     """Whether it was cut from the very clip that it conditions; such references are augmented."""
+    why: str = ""
+    """Why it was chosen, in a few words; a contact sheet shows it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from refalign_jax.config import AugmentConfig
 from refalign_jax.data.clip_frames import Still, read_still
@@ -174,6 +174,10 @@ def put_on_white(
     layers = (cut, (255, 255, 255)), (np.uint8(255) * inside, 0)  # Lanczos would ring into the white
     fitted = [(Image.fromarray(layer).resize(size, Image.Resampling.BICUBIC), fill) for layer, fill in layers]
     pixels, subject = (_lay(image, fill, height, width, homography) for image, fill in fitted)
+    if augment is not None and augment.blur:
+        assert rng is not None
+        blurred = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(rng.uniform(0, augment.blur)))
+        pixels = np.where((subject >= 128)[..., None], np.asarray(blurred), pixels)  # white stays white
     return OnWhite(pixels, subject >= 128)
 
 

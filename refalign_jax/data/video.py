@@ -40,6 +40,10 @@ def to_pixels(values: Float[np.ndarray, "*n 3"]) -> UInt8[np.ndarray, "*n 3"]:
     return np.rint((np.clip(values, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
+class BoxError(ValueError):
+    """A box is empty or reaches outside of its picture."""
+
+
 def cut_out(image: np.ndarray, box: Box | None, what: str) -> np.ndarray:
     """Cuts a box out of an image or a mask.
 
@@ -52,12 +56,12 @@ def cut_out(image: np.ndarray, box: Box | None, what: str) -> np.ndarray:
       A copy.
 
     Raises:
-      ValueError: the box is empty or reaches outside.
+      BoxError: the box is empty or reaches outside.
     """
     rows, columns = image.shape[:2]
     left, top, right, bottom = box or (0, 0, columns, rows)
     if not (0 <= left < right <= columns and 0 <= top < bottom <= rows):
-        raise ValueError(
+        raise BoxError(
             f"The box left {left}, top {top}, right {right}, bottom {bottom} does not fit {what}, {columns}x{rows}."
         )
     return image[top:bottom, left:right].copy()

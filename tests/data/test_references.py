@@ -161,6 +161,19 @@ def test_perspective_happens_as_often_as_asked():
     assert 18 <= same <= 42
 
 
+def test_blur_is_drawn_and_leaves_the_white_alone():
+    image, mask = photograph("cat"), np.zeros((96, 128), bool)
+    mask[10:80, 20:100] = True
+    sharp = augmented(image, 0, mask)
+    detail = [np.abs(np.diff(augmented(image, seed, mask, blur=4.0).astype(int), axis=0)).mean() for seed in range(8)]
+    assert len({*detail}) == 8
+    assert max(detail) < np.abs(np.diff(sharp.astype(int), axis=0)).mean()
+    blurred = augmented(image, 3, mask, blur=4.0)
+    assert (blurred[(sharp == 255).all(-1)] == 255).all()
+    with pytest.raises(ValueError, match=r"AugmentConfig\.blur=-1 must be at least 0"):
+        AugmentConfig(blur=-1)
+
+
 def test_brightness_and_colour_leave_the_white_alone():
     mask = np.zeros((96, 128), bool)
     mask[30:60, 40:70] = True

@@ -26,7 +26,8 @@ def _commands() -> dict[tuple[str, str], set[str]]:
                 words = re.sub(r"\s#.*", "", rest.split("\n")[0]).replace("[", " ").replace("]", " ").split()
                 first = words[0] if words and not words[0].startswith(("-", "…")) else ""
                 kept = first if first.endswith(".py") or tool == "tools/convert.py" else ""
-                kept = "jsonl" if tool == "tools/prepare.py" else kept
+                if tool == "tools/prepare.py":
+                    kept = first if first in ("opens2v", "phantom") else "jsonl"
                 found[tool, kept] |= {word.split("=")[0] for word in words if word.startswith("--")}
     return found
 
