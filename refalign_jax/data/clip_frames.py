@@ -86,7 +86,8 @@ def read_clip(path: VideoFile, wish: Wish) -> Selection:
             return found
     info = probe(path, wish.end)
     found = _read(path, wish, info, wish.choose(info), None)
-    assert found is not None
+    if found is None:
+        raise ValueError(f"{path} gives other frames when it is decoded again.")
     return found
 
 
@@ -107,6 +108,8 @@ def read_still(path: VideoFile, frame: int | float) -> Still:
         found = _read(path, wish, info, None, packets)
         if found is not None:
             return found.stills[number]
+        if packets is None:
+            raise ValueError(f"{path} gives other frames when it is decoded again.")
         packets, info = None, probe(path)
 
 
@@ -150,16 +153,18 @@ def _read(
     path: VideoFile, wish: Wish, info: VideoInfo, numbers: Int[np.ndarray, " T"] | None, packets: _Packets | None
 ) -> Selection | None:
     """Decodes what is wanted; None where the frames are not those of the packets."""
-    wanted = [] if numbers is None else numbers.tolist()
+    wanted = np.array([], np.int64) if numbers is None else numbers
+    frames = np.empty((len(wanted), wish.height, wish.width, 3), np.uint8)
     stills = {number for number in wish.stills if number < info.num_frames}
-    kept: dict[int, np.ndarray] = {}
+    needed, kept = {*wanted.tolist(), *stills}, 0
     whole: dict[int, Still] = {}
-    if wanted or stills:
-        needed = {*wanted, *stills}
+    if needed:
         try:
             for number, frame, aspect in _decode(path, needed, packets):
-                if number in wanted:
-                    kept[number] = _fit(frame, aspect, wish, path)
+                places = np.flatnonzero(wanted == number)  # a frame that is shown for long is there several times
+                if len(places):
+                    frames[places] = _fit(frame, aspect, wish, path)
+                    kept += len(places)
                 if number in stills:
                     turns = round(frame.rotation / 90)
                     whole[number] = np.rot90(_convert(frame, path), turns), 1 / aspect if turns % 2 else aspect
@@ -169,10 +174,8 @@ def _read(
             if packets is None:
                 raise
             return None  # decoded from its start, the file may be whole, or is said to be damaged with better reason
-        if len(kept) < len({*wanted}) or len(whole) < len(stills):
+        if kept < len(wanted) or len(whole) < len(stills):
             return None
-    shape = (wish.height, wish.width, 3)
-    frames = np.stack([kept[number] for number in wanted]) if wanted else np.empty((0, *shape), np.uint8)
     return Selection(info=info, numbers=numbers, frames=frames, stills=whole)
 
 
@@ -233,7 +236,7 @@ def _fit(frame: av.VideoFrame, aspect: float, wish: Wish, path: VideoFile) -> UI
         except ValueError as error:
             raise ValueError(f"{path} can't be decoded: {error}.") from error
         left, top = (scaled[0] - wish.width) // 2, (scaled[1] - wish.height) // 2
-        return image[top : top + wish.height, left : left + wish.width].copy()
+        return image[top : top + wish.height, left : left + wish.width]
     upright = cut_out(np.rot90(_convert(frame, path), turns), wish.crop, str(path))
     return resize_and_crop(make_square(upright, 1 / aspect if turns % 2 else aspect)[None], *size)[0]
 

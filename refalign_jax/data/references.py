@@ -221,7 +221,8 @@ def _recolour(
     """Multiplies the brightness by a random factor, then adds a random offset to each channel."""
     factor = rng.uniform(*config.brightness)
     offset = 255 * rng.uniform(-config.colour, config.colour, 3)
-    return np.clip(np.rint(pixels * factor + offset), 0, 255).astype(np.uint8)
+    table = np.clip(np.rint(np.arange(256)[:, None] * factor + offset), 0, 255).astype(np.uint8)
+    return np.stack([table[:, channel][pixels[..., channel]] for channel in range(3)], axis=-1)
 
 
 def _homography(

@@ -79,9 +79,11 @@ def to_rgb(
         source = _BT2020 if wide else _BT709 if large else _BT601
     if not (hdr or wide):
         part = frame if crop is None else _cut(frame, crop)
-        columns, rows = size or (part.width, part.height)
-        kind = UNBIASED if (columns, rows) == (part.width, part.height) else BICUBIC
-        return part.to_ndarray(format="rgb24", width=columns, height=rows, src_colorspace=source, interpolation=kind)
+        if size in (None, (part.width, part.height)):
+            return part.to_ndarray(format="rgb24", src_colorspace=source, interpolation=UNBIASED)
+        columns, rows = size
+        # Planes of green, blue and red come out as rgb24 does, in less than half the time.
+        return part.to_ndarray(format="gbrp", width=columns, height=rows, src_colorspace=source, interpolation=BICUBIC)
     assert crop is None, "not plain"
     assert size is None, "not plain"
     signal = frame.to_ndarray(format="gbrp16le", src_colorspace=source, interpolation=UNBIASED)  # rgb48 comes out wrong
