@@ -108,9 +108,9 @@ def _compared(folders: tuple[Path, ...]) -> str:
             raise ValueError(f"--compare: {path} does not exist; name two folders that --dump wrote.")
     try:
         return "\n".join(hlo.compare(*(path.read_text(encoding="utf-8") for path in paths)))
-    except UnicodeDecodeError as error:
+    except (ValueError, LookupError) as error:
         raise ValueError(
-            "--compare: one of the two programs is not text; name two folders that --dump wrote."
+            f"--compare: {paths[0]} or {paths[1]} is not whole; name two folders that --dump wrote."
         ) from error
 
 
