@@ -168,7 +168,16 @@ def _summary(name: str) -> str:
 
 
 def expand_home(arguments: Sequence[str]) -> list[str]:
-    """Replaces ~ at the start of an argument, or of the value in --name=value, by the home folder."""
+    """Replaces ~ at the start of an argument, or of the value in --name=value, by the home folder.
+
+    Raises:
+      ValueError: an argument is not UTF-8, so that no result could name it.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"The argument {argument!a} is not UTF-8 text; rename the file or folder.") from error
     split = [re.fullmatch(r"(--[^=]*=)?(.*)", argument, re.DOTALL) for argument in arguments]
     return [f"{found[1] or ''}{os.path.expanduser(found[2])}" for found in split if found]
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-from support import examples
+from markupsafe import Markup
+from support import examples, reported, tiny
 from support.places import GOLDEN, ROOT, environment
 
 from refalign_jax import command
@@ -21,6 +23,8 @@ from refalign_jax.config import Config, DataConfig, Storage, TrainConfig
 from refalign_jax.data.overview import inspect_dataset
 from refalign_jax.data.shard_writer import ShardWriter
 from refalign_jax.perf.ahead import topology_mesh
+from refalign_jax.report import page
+from refalign_jax.report.content import Section
 
 SCRIPT = "import sys, time\nfrom refalign_jax.command import run\ndef main(arguments, prog):\n    {}\nrun(main)\n"
 
@@ -63,10 +67,11 @@ def test_ctrl_c_during_the_imports_ends_in_a_sentence(tmp_path):
     script.write_text("from refalign_jax.command import run\nimport os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment(), check=False)
     assert (done.returncode, done.stderr) == (130, command.INTERRUPTED + "\n")
-    (tmp_path / "x.py").write_text(script.read_text())  # a program of the user's keeps its Ctrl-C
+    ours = "import refalign_jax.command, signal\nprint(signal.getsignal(signal.SIGINT))\n"
+    (tmp_path / "x.py").write_text(ours)  # a program of the user's keeps its Ctrl-C
     given = [sys.executable, tmp_path / "x.py"]
-    done = subprocess.run(given, capture_output=True, text=True, env=environment(), check=False)
-    assert "KeyboardInterrupt" in done.stderr
+    done = subprocess.run(given, capture_output=True, text=True, env=environment(), check=True)
+    assert "leave" not in done.stdout
 
 
 @pytest.mark.parametrize("name", sorted({*command.command_names()} - {"demo", "evaluate", "verify"}))
@@ -163,6 +168,15 @@ def test_home_is_expanded_in_every_option(monkeypatch):
     assert (config.data.path, config.train.folder, config.train.init) == ("/h/d", "/h/r", "/h/i")
 
 
+def test_an_argument_that_is_not_utf_8_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["refalign", "report", "runs/\udcff"])
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert printed == "error: The argument 'runs/\\udcff' is not UTF-8 text; rename the file or folder.\n"
+
+
 def test_the_gpu_check_refuses_a_machine_without_a_gpu():
     began = time.monotonic()
     given = [sys.executable, str(ROOT / "tools/benchmark.py"), "gpu"]
@@ -228,6 +242,25 @@ def test_a_file_in_place_of_a_folder_is_named_so(name, tmp_path, capsys, monkeyp
     code, printed = end(capsys, lambda: command.load(name)(given[name], name))
     assert code == 2
     assert re.search(r"out'? (is|can't be written: it is) a file; name a folder", printed)
+
+
+def test_a_full_disk_leaves_nothing_of_a_report(tmp_path, monkeypatch):
+    """Sections without figures; the page itself does not fit."""
+    config = reported.recipe(tmp_path / "run", "")
+    reported.write_run(config, tiny.params(config.model))
+    for name in ("tokens_section", "targets_section"):
+        monkeypatch.setattr(page, name, lambda _: Section(html=Markup("<p></p>")))
+    before = sorted(tmp_path.rglob("*"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"can't be written: File too large\.$"):
+            page.write_report(tmp_path / "run", tmp_path / "report.html")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_dollars_in_a_prompt_are_no_formula(tmp_path):

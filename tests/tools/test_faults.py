@@ -28,7 +28,7 @@ from refalign_jax.convert.write import write_weights
 from refalign_jax.data.examples import Example
 from refalign_jax.data.shard_writer import ShardWriter
 from refalign_jax.sharding import make_mesh
-from refalign_jax.trainer import preflight
+from refalign_jax.trainer import loop, preflight
 from refalign_jax.trainer.checkpoint import Checkpoints
 from refalign_jax.trainer.state import begin, save
 
@@ -337,6 +337,16 @@ def test_too_little_device_memory(place, capsys, monkeypatch):
     monkeypatch.setattr(jax.stages.Lowered, "compile", exhausted)
     sentence, _ = fail([TINY, "--train.folder", place / "new"], capsys, monkeypatch)
     assert "memory is too small (RESOURCE_EXHAUSTED" in sentence
+
+
+def test_too_little_device_memory_for_the_state(place, capsys, monkeypatch):
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand a page more")
+
+    monkeypatch.setattr(loop, "begin", exhausted)
+    sentence, _ = fail([TINY, "--train.folder", place / "new"], capsys, monkeypatch)
+    assert "The devices' memory is too small (RESOURCE_EXHAUSTED" in sentence
+    assert "raise mesh.fsdp" in sentence
 
 
 def process(place: Path, *arguments: object, limit: str = "unlimited") -> subprocess.CompletedProcess:
