@@ -10,6 +10,9 @@ XLA, those of the others by the rule of two per parameter and token plus attenti
 of an earlier measurement, `core_gflops`; on an accelerator it is its peak times `share`, an assumption.
 """
 
+from refalign_jax.command import run
+
+# isort: split
 import dataclasses
 import tempfile
 import time
@@ -23,7 +26,6 @@ import tyro
 from PIL import Image
 from skimage import data
 
-from refalign_jax.command import run
 from refalign_jax.config import PrepareConfig, Storage
 from refalign_jax.data.clips import Clip, load_record
 from refalign_jax.data.examples import Example
