@@ -30,13 +30,13 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(
             dit=DiTConfig(
-                width=240,
+                width=144,
                 num_layers=4,
-                num_heads=5,
-                ffn_width=480,
-                text_width=128,
+                num_heads=4,
+                ffn_width=384,
+                text_width=96,
                 frequency_width=64,
-                latent_channels=32,
+                latent_channels=48,
                 rope_theta=100.0,
                 max_position=64,
                 compute_dtype="float32",
@@ -45,9 +45,9 @@ def get_config() -> Config:
             alignment=AlignmentConfig(num_blocks=2, vfm_width=108),
             flow=FlowConfig(shift=12.0),
         ),
-        data=DataConfig(batch_size=16, max_references=2, text_length=19, held_out=64),
+        data=DataConfig(batch_size=16, max_references=2, text_length=20, held_out=64),
         dropout=DropoutConfig(text=0.05, references=0.05, both=0.05),
         optimizer=OptimizerConfig(learning_rate=3e-3, beta2=0.99, schedule="cosine", warmup_steps=50, final_share=0.05),
         sampling=SamplingConfig(num_steps=25, shift=10.0, reference_guidance=1.0, text_guidance=1.0),
-        train=TrainConfig(steps=700, save_every=100, keep=1, held_out_every=100),
+        train=TrainConfig(steps=1600, save_every=200, keep=1, held_out_every=200),
     )

@@ -29,7 +29,7 @@ from refalign_jax.data.records import Reference
 from refalign_jax.data.shards import ShardSource
 from refalign_jax.data.video import write_latents
 from refalign_jax.demo.scenes import CELL, FPS, GRID, NUM_FRAMES, draw_scenes, read_scene, reference_path, write_clips
-from refalign_jax.demo.score import Verdict, evaluation, judge_files
+from refalign_jax.demo.score import Judged, evaluation, judge_files
 from refalign_jax.encoders.open import reopen_video_codec
 from refalign_jax.inference.generate import generate, open_generator
 from refalign_jax.inference.outputs import write_samples
@@ -169,25 +169,26 @@ def evaluate(run: Path, config: Config, count: int) -> None:
     requests = [_request(about, Path(config.data.path).parent) for _, about in examples]
     entries = generate(requests, folder, open_generator(str(run), settings))
     codec = reopen_video_codec(source.manifest.made["encoders"]["video"])
-    verdicts: list[list[Verdict]] = []
+    judged: list[Judged] = []
     for entry, (arrays, about) in zip(entries, examples, strict=True):
         latents = np.empty((1, *arrays["video_latents"].shape), np.float32)
         fill(latents[0], arrays, "video_latents")
         entry["truth"] = f"{entry['id']}-truth.mp4"
         write_latents([folder / entry["truth"]], latents, codec, FPS)
-        verdicts.append(judge_files(folder, entry, read_scene(about["metadata"]["scene"])))
+        judged.append(judge_files(folder, entry, read_scene(about["metadata"]["scene"])))
+        verdicts = judged[-1].verdicts
         entry["scores"] = {
-            "right": float(np.mean([v.recognised == v.requested for v in verdicts[-1]])),
-            "ssim": float(np.mean([v.ssim for v in verdicts[-1]])),
+            "right": float(np.mean([v.recognised == v.requested for v in verdicts])),
+            "ssim": float(np.mean([v.ssim for v in verdicts])),
         }
     write_samples(folder, entries)
-    write_text(run / EVALUATION, json.dumps(evaluation(verdicts), indent=1, ensure_ascii=False))
+    write_text(run / EVALUATION, json.dumps(evaluation(judged), indent=1, ensure_ascii=False))
 
 
 def _request(about: Mapping[str, Any], folder: Path) -> Request:
     """The request for a video of an example's caption with its references."""
     references = tuple(
-        Reference(path=reference_path(folder, actor), subject=actor.subject)
-        for actor in read_scene(about["metadata"]["scene"]).actors
+        Reference(path=reference_path(folder, about["id"], number), subject=actor.subject)
+        for number, actor in enumerate(read_scene(about["metadata"]["scene"]).actors)
     )
     return Request(id=about["id"], prompt=about["prompt"], references=references)

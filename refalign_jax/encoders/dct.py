@@ -6,7 +6,8 @@ The codec retains the C of largest variance under a first-order Markov model of 
 
     cov(x, x') = σ_c² · ρ_s^(|Δy| + |Δx|) · ρ_t^|Δt|,    var(k) = σ_c² · v(k_t) v(k_y) v(k_x),  v = diag(D R Dᵀ),
 
-each divided by its standard deviation. Decoding latents and encoding the result gives the same latents; encoding pixels
+with weights that give channel k the variance σ_k / mean σ, σ_k its standard deviation: the coarse channels stand out,
+so that a model learns them first and smooth areas come out smooth. Decoding latents and encoding the result gives the same latents; encoding pixels
 and decoding the result gives their projection onto the retained coefficients.
 """
 
@@ -43,9 +44,9 @@ def _variances(n: int, correlation: float) -> Float[np.ndarray, " n"]:
 
 
 def _bases(stride: int, channels: int) -> dict[int, Float[np.ndarray, "C t_s_s_3"]]:
-    """Returns the retained basis functions, divided by their standard deviations, for blocks of one frame and of four.
+    """Returns the retained basis functions, weighted, for blocks of one frame and of four.
 
-    A frequency that is constant in time and retained for both has the same channel in both.
+    A frequency that is constant in time and retained for both has the same channel in both, at the same scale.
     """
     deviations, kept = {}, {}
     for t in (1, GROUP):
@@ -59,13 +60,14 @@ def _bases(stride: int, channels: int) -> dict[int, Float[np.ndarray, "C t_s_s_3
         kept[t] = [tuple(map(int, place)) for place in np.argwhere(np.ones_like(variances))[order]]
         deviations[t] = np.sqrt(variances)
     common = [place for place in kept[GROUP] if place in kept[1]]
-    bases = {}
+    bases, mean = {}, np.mean([deviations[1][place] for place in kept[1]])
     for t in (1, GROUP):
         places = common + [place for place in kept[t] if place not in common]
         rows = [
             np.einsum(
                 "t,y,x,c->tyxc", _cosines(t)[k], _cosines(stride)[y], _cosines(stride)[x], _cosines(3)[c]
             ).reshape(-1)
+            * np.sqrt(deviations[t][k, y, x, c] / np.sqrt(t) / mean)
             / deviations[t][k, y, x, c]
             for k, y, x, c in places
         ]
