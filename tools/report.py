@@ -36,7 +36,7 @@ def report(
     from refalign_jax.report.page import write_report
 
     path = Path(out) if out else folder / "report.html"
-    write_report(folder, path, compare)
+    write_report(folder, path, {"With and without alignment": compare} if compare else None)
     print(f"The report is {path}.")
 
 

@@ -14,7 +14,7 @@ class DemoConfig:
 
     folder: Path = Path("runs/demo")
     """Folder of everything that the demo writes."""
-    clips: int = 2048
+    clips: int = 1088
     """Number of clips; the last `data.held_out` of them are held out from training."""
     samples: int = 64
     """Held-out captions that are sampled, at most `data.held_out`."""

@@ -124,7 +124,7 @@ def prepare_dataset(demo: DemoConfig, recipe: Config) -> Path:
     settings = PrepareConfig(
         vae="dct",
         text_encoder="words",
-        vfm="daisy",
+        vfm="efficientnet-lite0",
         height=GRID * CELL,
         width=GRID * CELL,
         num_frames=NUM_FRAMES,

@@ -28,6 +28,8 @@ COLOUR_DEVIATIONS = (0.7, 0.3, 0.12)
 """Standard deviations of (R + G + B) / √3, (R - B) / √2, (R - 2G + B) / √6: the DCT of colours in [-1, 1]."""
 GROUP = 4
 """Frames in each latent frame except the first, which has one."""
+VERSION = 2
+"""Number of the codec's definition; it is raised when the latents of the same pixels change."""
 
 
 def _cosines(n: int) -> Float[np.ndarray, "n n"]:
@@ -98,7 +100,7 @@ class DCTCodec:
 
     def describe(self) -> dict[str, Any]:
         """Returns JSON that identifies the codec."""
-        return {"name": "dct", "stride": self.stride, "channels": self.channels}
+        return {"name": "dct", "version": VERSION, "stride": self.stride, "channels": self.channels}
 
     def encode(self, videos: Float[np.ndarray, "B T h w 3"]) -> Float[np.ndarray, "B F H W C"]:
         """Encodes videos as `VideoCodec.encode` specifies."""

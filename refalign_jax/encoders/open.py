@@ -19,7 +19,7 @@ from refalign_jax.config import ComputeDtype, PrepareConfig
 from refalign_jax.convert.files import read_config
 from refalign_jax.digests import Digests, digest_json
 from refalign_jax.encoders.daisy import DAISY
-from refalign_jax.encoders.dct import DCTCodec
+from refalign_jax.encoders.dct import VERSION, DCTCodec
 from refalign_jax.encoders.efficientnet import EfficientNetLite0
 from refalign_jax.encoders.hub import fetch
 from refalign_jax.encoders.interface import FeatureEncoder, TextEncoder, VideoCodec
@@ -127,9 +127,14 @@ def reopen_video_codec(described: Mapping[str, Any], batch_size: int = 1) -> Vid
       batch_size: as in `open_video_codec`.
 
     Raises:
-      ValueError: the weights are no longer where they were.
+      ValueError: the weights are no longer where they were, or `dct` was another codec then.
     """
     if described["name"] == "dct":
+        if described.get("version") != VERSION:
+            raise ValueError(
+                f"The latents come from version {described.get('version', 1)} of the codec dct, this is version "
+                f"{VERSION}, which would decode them wrongly; prepare the dataset again."
+            )
         return DCTCodec(described["stride"], described["channels"])
     path = _locate(described["path"], "--vae", "dct")
     return WanVAE(path, described["config"]["compute_dtype"], batch_size, described["tile"])

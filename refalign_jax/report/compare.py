@@ -91,8 +91,13 @@ def outcome(title: str, aligned: Sequence[float], baseline: Sequence[float]) -> 
     return f"{title} {result} (mean difference {mean:+.3g}, 95% interval {low:+.3g} to {high:+.3g}{doubt})."
 
 
-def comparison(pairs: Sequence[Pair]) -> Section:
-    """The section about the pairs: outcomes in sentences, numbers for each seed, charts and maps."""
+def comparison(pairs: Sequence[Pair], stem: str = "compare_") -> Section:
+    """The section about the pairs: outcomes in sentences, numbers for each seed, charts and maps.
+
+    Args:
+      pairs: the runs.
+      stem: what the charts' file names begin with.
+    """
     failure: Exception | None = None
     compared: dict[str, Any] = {}
     try:
@@ -100,7 +105,7 @@ def comparison(pairs: Sequence[Pair]) -> Section:
     except (ValueError, OSError) as error:
         failure = error
     else:
-        compared = _representations(pairs, references, measured)
+        compared = _representations(pairs, references, measured, stem)
     evaluated, evaluations = _evaluations(pairs)
     html = render(
         "comparison.html",
@@ -135,7 +140,7 @@ def _measure(pairs: Sequence[Pair]) -> tuple[References, list[tuple[Measured, Me
 
 
 def _representations(
-    pairs: Sequence[Pair], references: References, measured: Sequence[tuple[Measured, Measured]]
+    pairs: Sequence[Pair], references: References, measured: Sequence[tuple[Measured, Measured]], stem: str
 ) -> dict[str, Any]:
     """What comparison.html shows of the reference tokens; the measures are means over the aligned blocks."""
     aligned = pairs[0].aligned.config.model.alignment.num_blocks
@@ -143,7 +148,7 @@ def _representations(
     values = {name: [[m.mean(name, aligned) for m in pair] for pair in measured] for name in MEASURES}
     values = {name: rows for name, rows in values.items() if np.isfinite(rows).any()}
     charts = [
-        figures.pairs(f"compare_{name}", MEASURES[name], names, *zip(*rows, strict=True))
+        figures.pairs(f"{stem}{name}", MEASURES[name], names, *zip(*rows, strict=True))
         for name, rows in values.items()
     ]
     states = {"λ = 0": measured[0][1], "with alignment": measured[0][0]}
@@ -152,16 +157,16 @@ def _representations(
         "aligned": aligned,
         "description": describe(references, pairs[0].aligned),
         "charts": charts,
-        "table": differences_table(names, {MEASURES[name]: rows for name, rows in values.items()}),
+        "tables": differences_table(names, {MEASURES[name]: rows for name, rows in values.items()}),
         "first": names[0],
-        "by_block": block_charts(states, references, aligned, "compare_"),
+        "by_block": block_charts(states, references, aligned, stem),
         "names": references.names,
-        "maps": token_maps({state: m.tokens for state, m in states.items()}, references, "compare_"),
+        "maps": token_maps({state: m.tokens for state, m in states.items()}, references, stem),
     }
 
 
-def _evaluations(pairs: Sequence[Pair]) -> tuple[bool, Table | None]:
-    """Whether every run was evaluated, and a table of the measures that all evaluations have."""
+def _evaluations(pairs: Sequence[Pair]) -> tuple[bool, tuple[Table, Table] | None]:
+    """Whether every run was evaluated, and tables of the measures that all evaluations have."""
     found = [(pair.aligned.evaluation, pair.baseline.evaluation) for pair in pairs]
     if any(evaluation is None for both in found for evaluation in both):
         return False, None
@@ -171,17 +176,18 @@ def _evaluations(pairs: Sequence[Pair]) -> tuple[bool, Table | None]:
     return True, differences_table([pair.name for pair in pairs], rows)
 
 
-def differences_table(names: Sequence[str], values: Mapping[str, Sequence[Sequence[float]]]) -> Table:
-    """A table with a row for each measure: the mean difference, its interval, and both values of each pair.
+def differences_table(names: Sequence[str], values: Mapping[str, Sequence[Sequence[float]]]) -> tuple[Table, Table]:
+    """A table of the mean differences with their intervals, and one of both values of each pair; a row each measure.
 
     Args:
       names: of the pairs.
       values: for each measure and each pair, the value with alignment and the value without.
     """
-    head = ["aligned / λ = 0", "mean difference", "95% interval", *names]
-    rows = []
+    means, rows = [], []
     for title, pairs in values.items():
         mean, low, high = interval([one - other for one, other in pairs])
         between = f"{low:+.3g} to {high:+.3g}" if np.isfinite(low) else ABSENT
-        rows.append([title, f"{mean:+.3g}", between, *(f"{number(a)} / {number(b)}" for a, b in pairs)])
-    return Table(head=head, rows=rows)
+        means.append([title, *(float(np.mean(column)) for column in zip(*pairs, strict=True)), f"{mean:+.3g}", between])
+        rows.append([title, *(f"{number(a)} / {number(b)}" for a, b in pairs)])
+    head = ["mean of the pairs", "aligned", "λ = 0", "difference", "95% interval"]
+    return Table(head=head, rows=means), Table(head=["aligned / λ = 0", *names], rows=rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,7 +19,7 @@ from refalign_jax.report.run import Run, read_run
 from refalign_jax.report.targets import targets_section
 
 
-def write_report(run: Path, out: Path, compare: Sequence[tuple[Path, Path]] = ()) -> None:
+def write_report(run: Path, out: Path, compare: Mapping[str, Sequence[tuple[Path, Path]]] | None = None) -> None:
     """Writes the report of a run as one HTML file that needs no other, and its charts as PNG files beside it.
 
     Files that are missing from the run's folder are left out, and the page says so.
@@ -27,7 +27,8 @@ def write_report(run: Path, out: Path, compare: Sequence[tuple[Path, Path]] = ()
     Args:
       run: folder of a run of the trainer.
       out: the HTML file. The charts go into a folder beside it, named after it with `_figures` appended.
-      compare: pairs of runs with the same seed, the first with alignment, the second without.
+      compare: comparisons by their headings, each of pairs of runs with the same seed, the first with alignment, the
+        second without.
 
     Raises:
       ValueError: `run` or a folder of `compare` is not a run's, one of their files is damaged, or `out` is not an
@@ -36,25 +37,31 @@ def write_report(run: Path, out: Path, compare: Sequence[tuple[Path, Path]] = ()
     """
     if out.suffix != ".html" or not out.parent.is_dir():
         raise ValueError(f"{out} can't be the report; name an .html file in a folder that exists.")
-    read, pairs = read_run(run), read_pairs(compare)
+    read = read_run(run)
+    compared = {heading: read_pairs(pairs) for heading, pairs in (compare or {}).items()}
     parts: list[tuple[str, str, Callable[[], Section]]] = [
-        ("losses", "Losses", lambda: sections.losses(read)),
         ("samples", "Subjects and sampled videos", lambda: sections.samples(read)),
         ("evaluation", "Evaluation", lambda: sections.evaluation(read.evaluation)),
+    ]
+    for place, (heading, pairs) in enumerate(compared.items()):
+        stem = f"compare_{place}_" if place else "compare_"
+        parts.append((f"comparison-{place}", heading, lambda pairs=pairs, stem=stem: comparison(pairs, stem)))  # type: ignore[misc]
+    parts += [
         ("tokens", "Reference tokens", lambda: tokens_section(read)),
         ("targets", "Targets and push", lambda: targets_section(read)),
+        ("losses", "Losses", lambda: sections.losses(read)),
+        ("set-up", "Set-up", lambda: sections.set_up(read)),
     ]
-    if pairs:
-        parts.append(("comparison", "With and without alignment", lambda: comparison(pairs)))
     made: list[tuple[str, str, Section]] = []
     for name, heading, make in (bar := tqdm(parts, desc="report", unit="section")):
         bar.set_postfix_str(heading)
         made.append((name, heading, make()))
     page = render(
         "page.html",
-        title=f"RefAlign run {read.folder.resolve().name}",
+        title=(read.evaluation and read.evaluation.heading) or f"RefAlign run {read.folder.resolve().name}",
         summary=_summary(read),
-        about=sections.about(read),
+        paragraphs=read.evaluation.paragraphs if read.evaluation else (),
+        pictures=sections.pictures(read),
         sections=made,
         made=about(),
     )

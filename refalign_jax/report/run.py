@@ -4,7 +4,8 @@
     metrics.jsonl          a line for each step, and a line for each start
     samples/samples.json   sampled videos: a list of {"id", "prompt", "video", "references": [{"image", "subject"}],
                            "truth", "scores"}, the last two optional, paths relative to samples/
-    evaluation.json        {"title", "numbers": {name: value}, "confusions": [{"title", "labels", "matrix"}], "notes"}
+    evaluation.json        {"title", "numbers": {name: value}, "confusions": [{"title", "labels", "matrix"}], "notes",
+                           "introduction": {"title", "paragraphs"}}, the last optional: how the page begins
 
 The last two files may be missing.
 """
@@ -57,6 +58,10 @@ class Evaluation:
     numbers: Mapping[str, float]
     confusions: tuple[Confusion, ...]
     notes: tuple[str, ...]
+    heading: str = ""
+    """Title of the page; empty for the run's name."""
+    paragraphs: tuple[str, ...] = ()
+    """What the page says first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,8 @@ class Run:
     config: Config
     about: Mapping[str, Any]
     """What `provenance.about` returned at the last start."""
+    starts: tuple[Mapping[str, Any], ...]
+    """The lines of metrics.jsonl that open a start, in order."""
     program: Mapping[str, Any]
     """The line of metrics.jsonl about compilation at the last start; may be empty."""
     steps: tuple[Mapping[str, Any], ...]
@@ -106,6 +113,7 @@ def read_run(folder: Path) -> Run:
         folder=folder,
         config=config,
         about=about,
+        starts=tuple(line for line in lines if "start" in line),
         program=([line for line in lines if "compile_seconds" in line] or [{}])[-1],
         steps=tuple(line for line in lines if "step" in line),
         samples=tuple(whole),
@@ -191,6 +199,8 @@ def _evaluation(path: Path) -> Evaluation | None:
             numbers={name: float(value) for name, value in found.get("numbers", {}).items()},
             confusions=confusions,
             notes=tuple(map(str, found.get("notes", ()))),
+            heading=str(found.get("introduction", {}).get("title", "")),
+            paragraphs=tuple(map(str, found.get("introduction", {}).get("paragraphs", ()))),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is no evaluation ({error}); see refalign_jax/report/run.py.") from error

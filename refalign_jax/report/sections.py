@@ -1,4 +1,4 @@
-"""The page's sections about one run: its recipe, its losses, its samples and their evaluation."""
+"""The page's sections about one run: its picture, its samples and their evaluation, its losses and its recipe."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from refalign_jax.report.content import Clip, Section, Still
 from refalign_jax.report.render import render
 from refalign_jax.report.run import Confusion, Evaluation, Run, Sample
 
-SHOWN = 4
-"""Samples shown of each subject; of samples with several subjects, three times as many."""
+SHOWN = 2
+"""Samples shown of each subject; of samples with several subjects, four times as many."""
+PICTURED = 6
+"""Samples in the picture at the head of the page."""
 STRIP = 5
 """Frames of a video that are shown side by side."""
 LOSSES = {"loss": "Total loss", "flow": "Flow matching", "pull": "Pull, L₊", "push": "Push, L₋"}
@@ -53,13 +55,14 @@ class Preview:
     clips: tuple[Clip, ...]
 
 
-def about(run: Run) -> Markup:
-    """The head of the page: numbers of the run, what started it, and its recipe."""
+def set_up(run: Run) -> Section:
+    """Numbers of the run, what started it, and its recipe."""
     config, made = run.config, run.about
     last = run.steps[-1]["step"] if run.steps else 0
     seconds = float(np.nansum(run.series("seconds")[1]))
     versions = {"refalign_jax": made.get("refalign_jax"), "python": made.get("python"), **_object(made.get("versions"))}
     alignment = config.model.alignment
+    started = [_time(start) for start in run.starts] or [_time(made)]
     facts = [
         ("Steps", f"{last:,} of {config.train.steps:,}", False),
         ("Batch", config.data.batch_size, False),
@@ -72,15 +75,45 @@ def about(run: Run) -> Markup:
         ),
         ("Parameters", int(run.program["parameters"]) if "parameters" in run.program else UNKNOWN, False),
         ("Width", config.model.dit.width, False),
-        ("Training time", _duration(seconds) if seconds else UNKNOWN, False),
+        ("Time of all steps", _duration(seconds) if seconds else UNKNOWN, False),
         ("Devices", made.get("devices", UNKNOWN), False),
-        ("Started", str(made.get("time", UNKNOWN)).replace("T", " ").replace("+00:00", " UTC"), False),
+        ("Started", started[0], False),
+        *([("Continued", f"{started[-1]}, start {len(started)}", False)] if len(started) > 1 else []),
         ("Data", _data(config), True),
         ("Commit", made.get("commit", "unknown"), True),
         ("Command", made.get("command", UNKNOWN), True),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version), True),
     ]
-    return render("about.html", facts=facts, recipe=json.dumps(dataclasses.asdict(config), indent=1))
+    return Section(html=render("about.html", facts=facts, recipe=json.dumps(dataclasses.asdict(config), indent=1)))
+
+
+def _time(made: Mapping[str, Any]) -> str:
+    return str(made.get("time", UNKNOWN)).replace("T", " ").replace("+00:00", " UTC")
+
+
+def pictures(run: Run) -> list[Still]:
+    """The first samples, those with most references first: references, then three sampled frames."""
+    chosen = sorted(run.samples, key=lambda sample: -len(sample.references))[:PICTURED]
+    return [_picture(sample) for sample in sorted(chosen, key=run.samples.index)]
+
+
+def _picture(sample: Sample) -> Still:
+    count = probe(sample.video).num_frames
+    frames = list(read_frames(sample.video, np.unique([0, count // 2, count - 1])))
+    height, width = frames[0].shape[:2]
+    references = [Image.fromarray(read_image(path)) for path, _ in sample.references]
+    gap = max(width // 24, 1)
+    sheet = Image.new("RGBA", ((len(frames) + len(references)) * (width + gap) + gap, height))
+    for place, image in enumerate([*references, *map(Image.fromarray, frames)]):
+        image.thumbnail((width, height))
+        sheet.paste(image, (place * (width + gap) + 2 * gap * (place >= len(references)), 0))
+    size = (sheet.width * _ENLARGED, sheet.height * _ENLARGED)
+    shown = np.asarray(sheet.resize(size, Image.Resampling.BICUBIC) if height < 200 else sheet)
+    return content.still(shown, f"References and three sampled frames: {sample.prompt}")
+
+
+_ENLARGED = 2
+"""Pixels for each of a small picture."""
 
 
 def _data(config: Config) -> str:
@@ -107,9 +140,8 @@ def losses(run: Run) -> Section:
 def samples(run: Run) -> Section:
     """The references of each subject beside the videos that were sampled from them."""
     alone, several = by_subject(run.samples)
-    chosen = [(subject, mine[:SHOWN]) for subject, mine in alone.items()]
-    if several:
-        chosen.append(("Several subjects", several[: 3 * SHOWN]))
+    chosen = [("Several subjects", several[: 4 * SHOWN])] if several else []
+    chosen += [(subject, mine[:SHOWN]) for subject, mine in alone.items()]
     html = render(
         "samples.html",
         groups=[(heading, [_card(sample) for sample in group]) for heading, group in chosen],

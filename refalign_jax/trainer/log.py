@@ -31,8 +31,10 @@ from refalign_jax.config import Config, TrainConfig
 from refalign_jax.devices import peak_flops
 from refalign_jax.types import Array
 
-SHOWN = ("loss", "pull", "push", "grad_norm", "examples_per_second", "data_wait", "mfu")
-"""Metrics beside the progress bar."""
+SHOWN = {"loss": "loss", "examples_per_second": "ex/s", "mfu": "MFU"}
+"""Metrics beside the progress bar, and how they are called there: as many as 80 columns leave room for."""
+BAR = "{percentage:3.0f}%|{bar:6}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+"""The progress bar: short enough for 80 columns with three metrics behind it."""
 
 
 class NotFiniteError(ValueError):
@@ -153,13 +155,8 @@ class Log:
         self._write({"start": done, **made})
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         self._board.add_text("about", f"```\n{json.dumps(made, indent=1)}\n```", done)
-        self._bar = tqdm(
-            initial=done,
-            total=config.steps,
-            unit="step",
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-            dynamic_ncols=True,
-        )
+        self._done, self._steps = done, config.steps
+        self._bar: tqdm[Any] | None = None
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -188,6 +185,14 @@ class Log:
           NotFiniteError: `skipped` is greater than `max_skipped`.
           OSError: the file can't be written.
         """
+        if self._enabled and self._bar is None:  # not earlier, so that compilation is no part of its estimate
+            self._bar = tqdm(
+                initial=self._done,
+                total=self._steps,
+                mininterval=0.5 if sys.stderr.isatty() else 30,
+                dynamic_ncols=True,
+                bar_format=BAR,
+            )
         self._finish()
         self._unread = step, ids, metrics
         if wait:
@@ -216,7 +221,7 @@ class Log:
     def print(self, text: str) -> None:
         """Prints a line without breaking the progress bar."""
         if self._enabled:
-            self._bar.write(text, file=sys.stderr)
+            tqdm.write(text, file=sys.stderr)
 
     def _read(self) -> None:
         """Waits for the metrics that are held and makes a record of them."""
@@ -247,7 +252,9 @@ class Log:
         for name, value in values.items():
             if math.isfinite(value):
                 self._board.add_scalar(name, value, record["step"])
-        self._bar.set_postfix({name: f"{values[name]:.3g}" for name in SHOWN if name in values}, refresh=False)
+        assert self._bar is not None
+        shown = {title: f"{values[name]:.3g}" for name, title in SHOWN.items() if name in values}
+        self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
     def _write(self, record: Mapping[str, Any]) -> None:
@@ -267,7 +274,8 @@ class Log:
                 self._finish()
         finally:
             if self._enabled:
-                self._bar.close()
+                if self._bar is not None:
+                    self._bar.close()
                 self._board.close()
                 with contextlib.suppress(OSError):
                     self._file.close()

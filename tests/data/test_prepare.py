@@ -70,7 +70,7 @@ def test_records_become_examples(tmp_path):
     manifest = read_manifest(tmp_path / "d")
     assert manifest.spec.video_latents == (2, 12, 16, 6)
     assert (manifest.spec.text_width, manifest.spec.vfm_width, manifest.spec.vfm_tokens) == (12, 108, 48)
-    assert manifest.made["encoders"]["video"] == {"name": "dct", "stride": 4, "channels": 6}
+    assert manifest.made["encoders"]["video"] == {"name": "dct", "version": 2, "stride": 4, "channels": 6}
     assert manifest.made["settings"]["stride"] == 2
     assert manifest.made["source"] == {"name": "test"}
     assert {"commit", "command", "versions"} <= manifest.made.keys()

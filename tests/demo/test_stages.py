@@ -40,7 +40,7 @@ SMALL = Config(
             compute_dtype="float32",
             remat="none",
         ),
-        alignment=AlignmentConfig(num_blocks=2, vfm_width=108),
+        alignment=AlignmentConfig(num_blocks=2, vfm_width=320),
     ),
     data=DataConfig(batch_size=8, max_references=2, text_length=28, held_out=8),
     optimizer=OptimizerConfig(learning_rate=1e-3),

@@ -23,7 +23,8 @@ TOOL = ROOT / "tools" / "report.py"
 def report(runs, tmp_path_factory):
     """The report of a run that has everything, with two pairs."""
     out = tmp_path_factory.mktemp("page") / "all.html"
-    page.write_report(runs["a0"], out, [(runs["a0"], runs["b0"]), (runs["a1"], runs["b1"])])
+    pairs = [(runs["a0"], runs["b0"]), (runs["a1"], runs["b1"])]
+    page.write_report(runs["a0"], out, {"With and without alignment": pairs, "Once more": pairs[1:]})
     return out
 
 
@@ -33,18 +34,23 @@ def text_of(path):
 
 def test_everything_is_there_and_nothing_comes_from_elsewhere(report):
     source = report.read_text(encoding="utf-8")
-    assert set(re.findall(r'(?:src|href|srcset)="([^"]{5})', source)) == {
-        "data:",
-        "#loss",
-        "#samp",
-        "#eval",
-        "#toke",
-        "#targ",
-        "#comp",
-    }
+    assert re.findall(r'href="#([^"]*)"', source) == [
+        "samples",
+        "evaluation",
+        "comparison-0",
+        "comparison-1",
+        "tokens",
+        "targets",
+        "losses",
+        "set-up",
+    ]
+    assert set(re.findall(r'(?:src|href|srcset)="([^"#]{5})', source)) == {"data:"}
     assert "http" not in re.sub(r"base64,[^\"]*", "", source)
     shown = text_of(report)
     for part in (
+        "A demo of three subjects",
+        "What this is, in a sentence.",
+        "Each row: the references of a sample",
         "40 of 40",
         "1,234",
         "A &lt;rocket&gt; &amp; more.",
@@ -57,7 +63,9 @@ def test_everything_is_there_and_nothing_comes_from_elsewhere(report):
         "Not every run of the pairs has an evaluation.json",
     ):
         assert part in shown, part
-    assert source.count("<video") == 5
+    assert source.count("<video") == source.count(" loop muted playsinline") == 5
+    assert " controls" not in source
+    assert shown.index("What this is") < shown.index("Each row") < shown.index("A note.") < shown.index("40 of 40")
     assert not re.search(r"<img(?![^>]* alt=\"[^\"]+\")", source)
 
 
@@ -68,6 +76,7 @@ def test_every_chart_is_a_file_too(report):
     assert {
         "compare_cka",
         "blocks_compare_neighbour",
+        "blocks_compare_1_neighbour",
         "map_tsne_compare_with_alignment",
         "map_pca_compare_lambda_0",
     } <= names
@@ -122,6 +131,10 @@ OVERFLOWING = """[...document.querySelectorAll("main *")].filter(e => !e.closest
   && e.getBoundingClientRect().right > document.documentElement.clientWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
 
 
+SCROLLING = """[...document.querySelectorAll(".scroll")].filter(e => !e.closest("details")
+  && e.scrollWidth > e.clientWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
+
+
 @pytest.mark.skipif(chromium.BROWSER is None, reason="no Chromium on this machine")
 def test_a_browser_shows_it_on_a_desktop_and_a_phone(report):
     with chromium.page() as tab:
@@ -136,10 +149,15 @@ def test_a_browser_shows_it_on_a_desktop_and_a_phone(report):
             assert tab.evaluate("document.documentElement.clientWidth") >= width - 20  # a scroll bar
             assert tab.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
             assert tab.evaluate(OVERFLOWING) == []
+            assert tab.evaluate(SCROLLING) == []
             background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
             assert background == ("rgb(21, 24, 28)" if dark else "rgb(255, 255, 255)")
+        tab.wait_for("[...document.querySelectorAll('video')].every(v => v.currentTime > 0 && v.muted && v.loop)")
+        assert not tab.evaluate("[...document.querySelectorAll('video')].some(v => v.controls || v.paused)")
         tab.evaluate("document.querySelector('button.play').click()")
-        tab.wait_for("[...document.querySelectorAll('video')].every(v => v.currentTime > 0)")
+        assert tab.evaluate("[...document.querySelectorAll('video')].every(v => v.paused)")
+        tab.evaluate("document.querySelector('button.play').click()")
+        tab.wait_for("[...document.querySelectorAll('video')].every(v => !v.paused)")
         assert tab.complaints == []
 
 

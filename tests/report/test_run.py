@@ -1,12 +1,14 @@
 """A run's folder is read, and what is wrong in it is named in one sentence."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 
 from refalign_jax.report.run import read_run
+from refalign_jax.report.sections import set_up
 
 
 def test_a_whole_run(runs):
@@ -50,6 +52,24 @@ def test_damage_is_named(runs, tmp_path, file, text, message):
     (copy / file).write_text(text)
     with pytest.raises(ValueError, match=message):
         read_run(copy)
+
+
+def test_start_and_time_survive_a_resume(runs, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(runs["a0"], copy, ignore=shutil.ignore_patterns("checkpoints", "tensorboard", "samples"))
+    lines = (copy / "metrics.jsonl").read_text().splitlines()
+    half = next(n for n, line in enumerate(lines) if json.loads(line).get("step") == 21)
+    first, again = ({"start": step, "time": time} for step, time in ((0, "2026-01-02T03:04:05"), (20, "2026-01-03T00")))
+    lines = [json.dumps(first), *lines[1:half], json.dumps(again), *lines[half:]]
+    (copy / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    config = json.loads((copy / "config.json").read_text())
+    config["about"]["time"] = again["time"]  # a start writes config.json anew
+    (copy / "config.json").write_text(json.dumps(config))
+    facts = re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", set_up(read_run(copy)).html)
+    found = dict(facts)
+    assert found["Started"] == "2026-01-02 03:04:05"
+    assert found["Continued"] == "2026-01-03 00, start 2"
+    assert found["Time of all steps"] == "0 min 20 s"
 
 
 def test_lost_files_and_missing_ones(runs, tmp_path):

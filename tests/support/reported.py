@@ -105,5 +105,6 @@ def write_samples(run: Path) -> None:
         "numbers": {"accuracy": 0.875, "SSIM": 0.61},
         "confusions": [{"title": "One subject", "labels": list(SUBJECTS), "matrix": [[3, 1, 0], [0, 4, 0], [1, 0, 3]]}],
         "notes": ["A note."],
+        "introduction": {"title": "A demo of three subjects", "paragraphs": ["What this is, in a sentence."]},
     }
     (run / "evaluation.json").write_text(json.dumps(evaluation))
