@@ -45,9 +45,9 @@ def get_config() -> Config:
             alignment=AlignmentConfig(num_blocks=2, vfm_width=320),
             flow=FlowConfig(shift=8.0),
         ),
-        data=DataConfig(batch_size=16, max_references=2, text_length=20, held_out=64),
+        data=DataConfig(batch_size=8, max_references=2, text_length=17, held_out=64),
         dropout=DropoutConfig(text=0.05, references=0.05, both=0.05),
         optimizer=OptimizerConfig(learning_rate=3e-3, beta2=0.99, schedule="cosine", warmup_steps=50, final_share=0.05),
         sampling=SamplingConfig(num_steps=25, shift=10.0, reference_guidance=1.0, text_guidance=1.0),
-        train=TrainConfig(steps=1200, save_every=200, keep=1, held_out_every=200),
+        train=TrainConfig(steps=2400, save_every=200, keep=1, held_out_every=200),
     )

@@ -1,12 +1,14 @@
 """Runs all of RefAlign at a small size: photographs become clips, a model learns them, is sampled, scored and reported.
 
     python tools/demo.py                  one run, as `make demo` does
-    python tools/demo.py --compare        with and without alignment, three seeds, as `make demo-compare` does
+    python tools/demo.py --compare        with and without alignment, five seeds, as `make demo-compare` does
+    python tools/demo.py --photo me.jpg   the trained model with your own photograph as its reference
 
 Stopped at any moment and started again, it continues.
 """
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -21,17 +23,25 @@ def demo(
     /,
     *,
     compare: bool = False,
+    photo: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: none)")] = None,
     config: Annotated[DemoConfig, arg(name="")] = DemoConfig(),  # noqa: B008 (frozen)
 ) -> int:
     """Runs the demo.
 
     Args:
       recipe: the model and its training, a file or the bare name of one under configs/.
-      compare: train each seed without alignment too, and report both side by side.
+      compare: train each seed without alignment and with the published loss too, and report all side by side.
+      photo: an image; nothing is trained, the run that is there is sampled with it.
       config: the size.
     """
     read = read_recipe(recipe)
     log_progress()
+    if photo is not None:
+        from refalign_jax.demo.photo import sample_photograph
+
+        picture, sentence = sample_photograph(photo, config.folder / "seed-0")
+        print(f"{sentence}\nThe picture is {picture.resolve()}; references left, three sampled frames right.")
+        return 0
     from refalign_jax.demo import stages
 
     try:

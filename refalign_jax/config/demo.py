@@ -18,8 +18,9 @@ class DemoConfig:
     """Number of clips; the last `data.held_out` of them are held out from training."""
     samples: int = 64
     """Held-out captions that are sampled, at most `data.held_out`."""
-    seeds: int = 3
-    """Seeds of the comparison; each trains a run with alignment and a run without."""
+    seeds: int = 5
+    """Seeds of the comparison; each trains a run without alignment, one with the recipe's and one with the published
+    loss."""
     steps: int = 0
     """Steps of training; 0, as many as the recipe has."""
 

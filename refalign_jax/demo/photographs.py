@@ -151,6 +151,9 @@ BACKGROUNDS: Mapping[str, tuple[str, Box]] = {
 }
 """The photograph of each background, and the square in it that fills the frame, out of focus."""
 
+STORED = 56
+"""Side in pixels of `cut_out`: so little above that of a subject in a clip that `lay` needs no filter."""
+
 _FOCUS = 0.05
 """Radius of the blur of backgrounds, as a share of the frame's side."""
 
@@ -165,7 +168,7 @@ def background(name: str, side: int) -> UInt8[np.ndarray, "side side 3"]:
 
 @functools.cache
 def cut_out(name: str) -> Image.Image:
-    """A subject on a transparent square, as large as the square allows; RGBA with colours multiplied by alpha."""
+    """A subject on a transparent square, as large as the square allows; RGBA."""
     subject = SUBJECTS[name]
     photograph, corners = _read(subject.photograph), subject.corners()
     (left, top), (right, bottom) = np.min(corners, 0).tolist(), np.max(corners, 0).tolist()
@@ -174,16 +177,12 @@ def cut_out(name: str) -> Image.Image:
     pixels = np.asarray(photograph.crop((left, top, right + 1, bottom + 1)))
     alpha = np.asarray(mask.crop((left, top, right + 1, bottom + 1)))
     coloured = recolour(pixels, subject.hue) if subject.hue != 0 else pixels
-    whole = np.dstack([coloured * (alpha[..., None] // 255), alpha])
+    whole = np.dstack([coloured, alpha])
     side = max(whole.shape[:2])
     rows, columns = side - whole.shape[0], side - whole.shape[1]
     padding = ((rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2), (0, 0))
     square = Image.fromarray(np.pad(whole, padding))
-    return square.resize((_STORED, _STORED), Image.Resampling.LANCZOS)
-
-
-_STORED = 56
-"""Side in pixels of `cut_out`: so little above that of a subject in a clip that `lay` needs no filter."""
+    return square.resize((STORED, STORED), Image.Resampling.LANCZOS)
 
 
 def recolour(pixels: UInt8[np.ndarray, "h w 3"], hue: float | None) -> UInt8[np.ndarray, "h w 3"]:
@@ -218,7 +217,7 @@ def lay(
     """Lays a cut-out on a canvas.
 
     Args:
-      subject: RGBA with colours multiplied by alpha, a square.
+      subject: RGBA, a square.
       view: how it is shown.
       centre: row and column of the square's centre on the canvas, in pixels.
       side: of the square into which it is put, in pixels.
@@ -240,5 +239,5 @@ def lay(
     )
     pixels = np.asarray(placed).astype(np.float32)
     alpha = pixels[..., 3:] / 255
-    lit = np.minimum(pixels[..., :3] * view.light, 255 * alpha)
-    return np.clip(np.rint(lit + canvas * (1 - alpha)), 0, 255).astype(np.uint8)
+    lit = np.minimum(pixels[..., :3] * view.light, 255)
+    return np.rint(lit * alpha + canvas * (1 - alpha)).astype(np.uint8)

@@ -4,8 +4,8 @@ Everything lies on a grid of 6 x 6 cells of 16 pixels; a cell is one token of th
 subject has 3 x 3 cells. It rests, or moves by one cell per latent frame, in a jump between two latent frames, so that
 it rests within each.
 
-A reference shows its subject on white around the place where the clip begins, from another side than the clip: mirrored,
-turned by up to 15 degrees, smaller, and in another light. The caption says on which side the clip shows it, where it
+A reference shows its subject on white around the place where the clip begins, from another side than the clip, which
+shows it as photographed: mirrored, turned by up to 15 degrees, smaller, and in another light. The caption says where it
 starts and how it moves, but not what it is: only the reference shows that.
 
 The stand-in text encoder knows words, but not their order. Therefore a position is one word; the first subject is the
@@ -54,12 +54,11 @@ MOVES = {"still": 0, "left": -1, "right": 1}
 TURN, SCALES, LIGHTS = 15.0, (0.75, 0.95), (0.8, 1.2)
 """How references differ from the clip: largest turn in degrees, ranges of scale and of brightness."""
 
+AS_PHOTOGRAPHED = View(mirrored=False)
+"""How the clips show their subjects."""
+
 _FIRST = {"still": "stays", "left": "moves left", "right": "moves right"}
 _SECOND = {"still": "rests", "left": "drifts leftwards", "right": "drifts rightwards"}
-_SIDES = (
-    {False: "as photographed", True: "mirrored"},
-    {False: "unflipped", True: "flipped"},
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +73,7 @@ class Actor:
     move: str
     """One of `MOVES`."""
     reference: View
-    """How its reference shows it. The clip shows it mirrored where the reference does not, and otherwise as it is."""
-
-    @property
-    def view(self) -> View:
-        """How the clip shows it."""
-        return View(mirrored=not self.reference.mirrored)
+    """How its reference shows it."""
 
     def cell(self, latent_frame: int) -> tuple[int, int]:
         """Row and column of its upper left cell in a latent frame."""
@@ -98,20 +92,19 @@ class Scene:
         """Describes the scene without naming its subjects."""
         openings = ("something", "something else")
         parts = [
-            f"{opening} starts {actor.half}-{COLUMNS[actor.column]}, {sides[actor.view.mirrored]}, and "
-            f"{moves[actor.move]}"
-            for actor, opening, sides, moves in zip(self.actors, openings, _SIDES, (_FIRST, _SECOND), strict=False)
+            f"{opening} starts {actor.half}-{COLUMNS[actor.column]} and {moves[actor.move]}"
+            for actor, opening, moves in zip(self.actors, openings, (_FIRST, _SECOND), strict=False)
         ]
-        return f"S{'; '.join(parts)[1:]}; over the {self.background}."
+        return f"S{', '.join(parts)[1:]}, over the {self.background}."
 
 
 def draw(
-    actor: Actor, latent_frame: int, canvas: UInt8[np.ndarray, "h w 3"], view: View | None = None
+    actor: Actor, latent_frame: int, canvas: UInt8[np.ndarray, "h w 3"], view: View = AS_PHOTOGRAPHED
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Draws an actor where it is in a latent frame, as the clip shows it or as `view` says; `canvas` is not changed."""
+    """Draws an actor where it is in a latent frame, in a view of it; `canvas` is not changed."""
     row, column = actor.cell(latent_frame)
     centre = ((row + SIZE / 2) * CELL, (column + SIZE / 2) * CELL)
-    return lay(cut_out(actor.subject), view or actor.view, centre, SIZE * CELL, canvas)
+    return lay(cut_out(actor.subject), view, centre, SIZE * CELL, canvas)
 
 
 def frames(scene: Scene) -> UInt8[np.ndarray, "T h w 3"]:
@@ -173,7 +166,7 @@ def _draw_way(rng: np.random.Generator) -> tuple[int, str]:
 def _draw_view(rng: np.random.Generator) -> View:
     """Draws how a reference shows its subject."""
     turn, scale, light = (round(float(rng.uniform(*ends)), 3) for ends in ((-TURN, TURN), SCALES, LIGHTS))
-    return View(bool(rng.integers(2)), turn, scale, light)
+    return View(True, turn, scale, light)
 
 
 def write_clips(folder: Path, scenes: Sequence[Scene]) -> list[Record]:
@@ -188,7 +181,7 @@ def write_clips(folder: Path, scenes: Sequence[Scene]) -> list[Record]:
         references = []
         for place, actor in enumerate(scene.actors):
             if not (image := reference_path(folder, path.stem, place)).exists():
-                _write_png(image, reference(actor))
+                write_png(image, reference(actor))
             references.append(Reference(path=image, subject=actor.subject))
         records.append(
             Record(
@@ -202,7 +195,8 @@ def write_clips(folder: Path, scenes: Sequence[Scene]) -> list[Record]:
     return records
 
 
-def _write_png(path: Path, pixels: UInt8[np.ndarray, "h w 3"]) -> None:
+def write_png(path: Path, pixels: UInt8[np.ndarray, "h w 3"]) -> None:
+    """Writes an image."""
     with atomic_write(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="png")
 

@@ -24,7 +24,17 @@ from skimage.metrics import structural_similarity
 
 from refalign_jax.data.video import read_frames
 from refalign_jax.demo.photographs import SUBJECTS, View, background
-from refalign_jax.demo.scenes import CELL, GRID, LATENT_FRAMES, NUM_FRAMES, Actor, Scene, draw, region
+from refalign_jax.demo.scenes import (
+    AS_PHOTOGRAPHED,
+    CELL,
+    GRID,
+    LATENT_FRAMES,
+    NUM_FRAMES,
+    Actor,
+    Scene,
+    draw,
+    region,
+)
 from refalign_jax.types import Float
 
 
@@ -83,21 +93,21 @@ def correlation(crops: UInt8[np.ndarray, "T s s 3"], actor: Actor, place: str, v
     """
     # A drawing depends on where the actor stands, but not on how it came there.
     still = [dataclasses.replace(actor, column=actor.cell(n)[1], move="still") for n in range(LATENT_FRAMES)]
-    still = [dataclasses.replace(each, reference=View(not view.mirrored)) for each in still]
+    still = [dataclasses.replace(each, reference=AS_PHOTOGRAPHED) for each in still]
     shown = np.stack([_standardised(crop) for crop in crops])
     drawn = np.stack([_drawing(still[latent_frame(number)], 0, place, view) for number in range(len(crops))])
     return float(np.sum(shown * drawn, axis=1).mean())
 
 
 def nearest(crops: UInt8[np.ndarray, "T s s 3"], actor: Actor, place: str) -> str:
-    """The subject whose drawing, in the requested view, correlates most with the crops."""
+    """The subject whose drawing, as the clips show it, correlates most with the crops."""
     others = {name: dataclasses.replace(actor, subject=name) for name in SUBJECTS}
-    return max(others, key=lambda name: correlation(crops, others[name], place, actor.view))
+    return max(others, key=lambda name: correlation(crops, others[name], place, AS_PHOTOGRAPHED))
 
 
 def copied(crops: UInt8[np.ndarray, "T s s 3"], actor: Actor, place: str) -> bool:
     """Whether the crops are nearer to the reference's view than to the requested one, both at the light of the clip."""
-    views = dataclasses.replace(actor.reference, light=1.0), actor.view
+    views = dataclasses.replace(actor.reference, light=1.0), AS_PHOTOGRAPHED
     of_reference, requested = (correlation(crops, actor, place, view) for view in views)
     return of_reference > requested
 
@@ -123,9 +133,7 @@ def judge(video: UInt8[np.ndarray, "T h w 3"], truth: UInt8[np.ndarray, "T h w 3
     return verdicts
 
 
-def background_error(
-    video: UInt8[np.ndarray, "T h w 3"], truth: UInt8[np.ndarray, "T h w 3"], scene: Scene
-) -> float:
+def background_error(video: UInt8[np.ndarray, "T h w 3"], truth: UInt8[np.ndarray, "T h w 3"], scene: Scene) -> float:
     """Mean absolute difference from the true clip outside the actors' regions, in levels of 0 to 255."""
     outside = np.ones(video.shape[:3], bool)
     for actor in scene.actors:

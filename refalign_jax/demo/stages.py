@@ -5,7 +5,8 @@ Each stage skips what it finds done, so the demo continues wherever it was stopp
     FOLDER/clips, references, dataset     clips of moving photographs, and the prepared examples
     FOLDER/seed-0                         the run: checkpoints, metrics, samples, evaluation.json
     FOLDER/report.html                    its report
-    FOLDER/seed-1, seed-0-unaligned, …    the other runs of the comparison
+    FOLDER/seed-1, seed-0-unaligned,      the other runs of the comparison
+    seed-0-published, …
     FOLDER/comparison.html                the report of the comparison
 """
 
@@ -16,7 +17,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,6 +41,14 @@ logger = logging.getLogger(__name__)
 
 EVALUATION = "evaluation.json"
 
+Loss = Literal["recipe", "unaligned", "published"]
+LOSSES: Mapping[Loss, Mapping[str, Any]] = {
+    "recipe": {},
+    "unaligned": {"weight": 0.0},
+    "published": {"center_targets": "none", "subject_patches_only": False},
+}
+"""The alignment losses that are compared: what each changes in the recipe's."""
+
 
 def demo(demo: DemoConfig, recipe: Config) -> Path:
     """Runs every stage for one seed; returns the path of the report.
@@ -49,36 +58,41 @@ def demo(demo: DemoConfig, recipe: Config) -> Path:
       ValueError: the recipe does not fit the clips, or a file is damaged.
       OSError: a file can't be written.
     """
-    run = whole_run(demo, recipe, seed=0, aligned=True)
+    run = whole_run(demo, recipe, seed=0)
     report = demo.folder / "report.html"
     _write_report(run, report)
     return report
 
 
 def compare(demo: DemoConfig, recipe: Config) -> Path:
-    """Runs every stage with and without alignment for each seed; returns the path of the comparison's report.
+    """Runs every stage with each of `LOSSES` for each seed; returns the path of the comparison's report.
 
     Raises:
       InterruptedError, ValueError, OSError: as `demo`.
     """
-    runs = [
-        [whole_run(demo, recipe, seed=seed, aligned=aligned) for aligned in (True, False)] for seed in range(demo.seeds)
-    ]
+    runs = {
+        loss: [whole_run(demo, recipe, seed=seed, loss=loss) for seed in range(demo.seeds)] for loss in LOSSES
+    }  # the runs of the first loss come first: stopped early, they are whole
+    pairs = {loss: list(zip(runs[loss], runs["unaligned"], strict=True)) for loss in ("recipe", "published")}
     report = demo.folder / "comparison.html"
-    _write_report(runs[0][0], report, [(aligned, unaligned) for aligned, unaligned in runs])
+    headings = {
+        "recipe": "What alignment changes",
+        "published": "What alignment changes with the published loss",
+    }
+    _write_report(runs["recipe"][0], report, {headings[loss]: pairs[loss] for loss in pairs})
     return report
 
 
-def _write_report(run: Path, out: Path, pairs: Sequence[tuple[Path, Path]] = ()) -> None:
+def _write_report(run: Path, out: Path, pairs: Mapping[str, Sequence[tuple[Path, Path]]] | None = None) -> None:
     from refalign_jax.report import page  # here, because it imports Matplotlib, which no other stage needs
 
     page.write_report(run, out, pairs)
 
 
-def whole_run(demo: DemoConfig, recipe: Config, *, seed: int, aligned: bool) -> Path:
+def whole_run(demo: DemoConfig, recipe: Config, *, seed: int, loss: Loss = "recipe") -> Path:
     """Prepares, trains, samples and scores one run; returns its folder."""
     dataset = prepare_dataset(demo, recipe)
-    config = run_config(demo, recipe, dataset, seed=seed, aligned=aligned)
+    config = run_config(demo, recipe, dataset, seed=seed, loss=loss)
     train_run(config)
     run = Path(config.train.folder)
     if not (run / EVALUATION).exists():
@@ -86,7 +100,7 @@ def whole_run(demo: DemoConfig, recipe: Config, *, seed: int, aligned: bool) -> 
     return run
 
 
-def run_config(demo: DemoConfig, recipe: Config, dataset: Path, *, seed: int = 0, aligned: bool = True) -> Config:
+def run_config(demo: DemoConfig, recipe: Config, dataset: Path, *, seed: int = 0, loss: Loss = "recipe") -> Config:
     """The recipe of one run of the demo: `recipe` with the dataset, the folder, the seed and the steps filled in.
 
     Args:
@@ -94,10 +108,10 @@ def run_config(demo: DemoConfig, recipe: Config, dataset: Path, *, seed: int = 0
       recipe: model and training.
       dataset: folder of the prepared examples.
       seed: of the parameters, of the noise and of the order of the examples.
-      aligned: False sets the weight of the alignment to 0.
+      loss: which alignment loss.
     """
-    run = demo.folder / (f"seed-{seed}" if aligned else f"seed-{seed}-unaligned")
-    alignment = recipe.model.alignment if aligned else dataclasses.replace(recipe.model.alignment, weight=0.0)
+    run = demo.folder / (f"seed-{seed}" if loss == "recipe" else f"seed-{seed}-{loss}")
+    alignment = dataclasses.replace(recipe.model.alignment, **LOSSES[loss])
     training = dataclasses.replace(
         recipe.train,
         folder=str(run),
@@ -182,7 +196,26 @@ def evaluate(run: Path, config: Config, count: int) -> None:
             "ssim": float(np.mean([v.ssim for v in verdicts])),
         }
     write_samples(folder, entries)
-    write_text(run / EVALUATION, json.dumps(evaluation(judged), indent=1, ensure_ascii=False))
+    found = evaluation(judged) | {"introduction": introduction(config, len(examples))}
+    write_text(run / EVALUATION, json.dumps(found, indent=1, ensure_ascii=False))
+
+
+def introduction(config: Config, samples: int) -> dict[str, Any]:
+    """What the page of a run says first, in the form of evaluation.json."""
+    return {
+        "title": "RefAlign in small: subjects from reference images in sampled videos",
+        "paragraphs": [
+            f"A small video diffusion transformer learned on this machine to put a given subject into a video. It gets "
+            "reference images, which show the subject mirrored, turned, smaller and in another light, and a caption, "
+            "which says where the subject starts, how it moves and over what, but not what it is. Here it is asked "
+            f"for {samples} videos whose captions and references it has not seen.",
+            f"Why the pictures look as they do: a video has {NUM_FRAMES} frames of {GRID * CELL}x{GRID * CELL} pixels, "
+            f"a simple codec retains {config.model.dit.latent_channels} numbers for each block of "
+            f"{CELL // 2}x{CELL // 2} pixels, and the model is a thousand times smaller than the published one and "
+            "trained for minutes. The true clips beside the samples went through the same codec.",
+            "Try your own photograph: python tools/demo.py --photo me.jpg",
+        ],
+    }
 
 
 def _request(about: Mapping[str, Any], folder: Path) -> Request:

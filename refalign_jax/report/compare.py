@@ -148,8 +148,7 @@ def _representations(
     values = {name: [[m.mean(name, aligned) for m in pair] for pair in measured] for name in MEASURES}
     values = {name: rows for name, rows in values.items() if np.isfinite(rows).any()}
     charts = [
-        figures.pairs(f"{stem}{name}", MEASURES[name], names, *zip(*rows, strict=True))
-        for name, rows in values.items()
+        figures.pairs(f"{stem}{name}", MEASURES[name], names, *zip(*rows, strict=True)) for name, rows in values.items()
     ]
     states = {"λ = 0": measured[0][1], "with alignment": measured[0][0]}
     return {

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from PIL import Image
 from support import runs
 from support.places import ROOT
 
@@ -21,6 +22,7 @@ from refalign_jax.config import (
 )
 from refalign_jax.convert.checkpoint import find_checkpoint, read_json
 from refalign_jax.demo import stages
+from refalign_jax.demo.photo import sample_photograph
 from refalign_jax.demo.stages import compare, demo
 from refalign_jax.report import page
 from refalign_jax.trainer.loop import train
@@ -40,7 +42,7 @@ SMALL = Config(
             compute_dtype="float32",
             remat="none",
         ),
-        alignment=AlignmentConfig(num_blocks=2, vfm_width=320),
+        alignment=AlignmentConfig(num_blocks=2, vfm_width=320, center_targets="dataset", subject_patches_only=True),
     ),
     data=DataConfig(batch_size=8, max_references=2, text_length=28, held_out=8),
     optimizer=OptimizerConfig(learning_rate=1e-3),
@@ -78,22 +80,41 @@ def test_every_stage_once(tmp_path, monkeypatch):
     found = json.loads((run / "evaluation.json").read_text())
     assert found["numbers"]["right subject in the true clips"] == 1
     assert found["numbers"]["samples"] == 3
+    assert found["introduction"]["paragraphs"][0][:23] == "A small video diffusion"
+    assert "RefAlign in small" in shown
 
-    # With alignment and without: the run that is there is taken as it is.
+    # The trained run with a photograph of one's own.
+    image = tmp_path / "me.jpg"
+    Image.new("RGB", (64, 48), (200, 90, 30)).save(image)
+    picture, sentence = sample_photograph(image, run)
+    assert Image.open(picture).size == (4 * 192, 4 * 192)
+    assert sentence.startswith("Of the 16 subjects that the model was trained on, the samples resemble most: ")
+
+    # With other losses: the run that is there is taken as it is.
     done = [*run.rglob("*.mp4"), *(config.folder / "dataset").glob("*.array_record"), run / "evaluation.json"]
     before = {file: file.stat().st_mtime_ns for file in done}
     asked = []
     monkeypatch.setattr(page, "write_report", lambda *arguments: asked.append(arguments))
     report = compare(config, SMALL)
-    other = config.folder / "seed-0-unaligned"
+    other, published = (config.folder / f"seed-0-{loss}" for loss in ("unaligned", "published"))
     assert report == config.folder / "comparison.html"
-    assert asked == [(run, report, [(run, other)])]
+    ((shown_run, out, compared),) = asked
+    assert (shown_run, out) == (run, report)
+    assert compared == {
+        "What alignment changes": [(run, other)],
+        "What alignment changes with the published loss": [(published, other)],
+    }
     assert {file: file.stat().st_mtime_ns for file in before} == before
-    first, second = (read_json(find_checkpoint(folder)[0], "config") for folder in (run, other))
-    assert first["model"]["alignment"].pop("weight") == 1
+    first, second, third = (read_json(find_checkpoint(folder)[0], "config") for folder in (run, other, published))
+    assert first["model"]["alignment"].pop("weight") == third["model"]["alignment"].pop("weight") == 1
     assert second["model"]["alignment"].pop("weight") == 0
-    assert first["train"].pop("folder") != second["train"].pop("folder")
-    assert first == second
+    assert first["model"]["alignment"].pop("center_targets") == second["model"]["alignment"].pop("center_targets")
+    assert third["model"]["alignment"].pop("center_targets") == "none"
+    for config in (first, second, third):
+        config["model"]["alignment"].pop("center_targets", None)
+        config["model"]["alignment"].pop("subject_patches_only")
+        config["train"].pop("folder")
+    assert first == second == third
 
 
 def test_the_recipe_fits_the_clips():
