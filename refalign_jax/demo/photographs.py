@@ -29,7 +29,6 @@ from PIL import Image, ImageDraw, ImageFilter
 from skimage.color import rgb2yiq, yiq2rgb
 
 from refalign_jax.data.video import Box
-from refalign_jax.types import Float
 
 _SKIMAGE = Path(skimage.__file__).parent / "data"
 _SKLEARN = Path(sklearn.datasets.__file__).parent / "images"

@@ -6,9 +6,10 @@ The codec retains the C of largest variance under a first-order Markov model of 
 
     cov(x, x') = σ_c² · ρ_s^(|Δy| + |Δx|) · ρ_t^|Δt|,    var(k) = σ_c² · v(k_t) v(k_y) v(k_x),  v = diag(D R Dᵀ),
 
-with weights that give channel k the variance σ_k / mean σ, σ_k its standard deviation: the coarse channels stand out,
-so that a model learns them first and smooth areas come out smooth. Decoding latents and encoding the result gives the same latents; encoding pixels
-and decoding the result gives their projection onto the retained coefficients.
+with weights that give channel k the variance σ_k / mean σ, where σ_k is its standard deviation: coarse channels have
+more than fine ones, so that a model learns them first and smooth areas come out smooth. Decoding latents and encoding
+the result gives the same latents; encoding pixels and decoding the result gives their projection onto the retained
+coefficients.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 
 from refalign_jax.types import Float
 
-# Tuned on six photographs of scikit-image, panned slowly: channels then have standard deviations of 0.2 to 2.
+# Tuned on six photographs of scikit-image, panned slowly: σ_k is then 0.5 to 2 times the channel's deviation.
 SPATIAL_CORRELATION = 0.93
 """Correlation of neighbouring pixels."""
 TEMPORAL_CORRELATION = 0.98

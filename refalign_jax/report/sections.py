@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from markupsafe import Markup
 from PIL import Image
 
 from refalign_jax.config import Config

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from refalign_jax.demo import photo, photographs
-from refalign_jax.demo.photographs import SUBJECTS, View, background, cut_out, lay, recolour
 from refalign_jax.demo.photo import cut_photograph, sample_photograph
+from refalign_jax.demo.photographs import SUBJECTS, View, background, cut_out, lay, recolour
 
 
 def test_the_photographs_are_installed_and_subjects_fill_their_squares():

@@ -81,7 +81,7 @@ def test_dct_is_made_again_from_its_description():
 
 def test_latents_of_another_version_are_not_decoded():
     """They would look like a video."""
-    with pytest.raises(ValueError, match="from version 1 of the codec dct, this is version 2, .* prepare the dataset"):
+    with pytest.raises(ValueError, match=r"from version 1 of the codec dct, this is version 2, .* prepare the dataset"):
         reopen_video_codec({"name": "dct", "stride": 4, "channels": 7})
 
 
