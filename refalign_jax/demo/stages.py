@@ -191,9 +191,10 @@ def evaluate(run: Path, config: Config, count: int) -> None:
         write_latents([folder / entry["truth"]], latents, codec, FPS)
         judged.append(judge_files(folder, entry, read_scene(about["metadata"]["scene"])))
         verdicts = judged[-1].verdicts
+        right = sum(v.recognised == v.requested for v in verdicts)
         entry["scores"] = {
-            "right": float(np.mean([v.recognised == v.requested for v in verdicts])),
-            "ssim": float(np.mean([v.ssim for v in verdicts])),
+            "right": f"{right} of {len(verdicts)}",
+            "SSIM": float(np.mean([v.ssim for v in verdicts])),
         }
     write_samples(folder, entries)
     found = evaluation(judged) | {"introduction": introduction(config, len(examples))}

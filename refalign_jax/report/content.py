@@ -11,6 +11,8 @@ from jaxtyping import UInt8
 from markupsafe import Markup
 from PIL import Image
 
+from refalign_jax.data.video import read_frames
+
 LARGEST_IMAGE = 1600
 """Pixels of an image's longer side; larger images are scaled down."""
 
@@ -48,6 +50,8 @@ class Clip:
     """A video that the page plays."""
 
     mp4: bytes
+    poster: bytes
+    """PNG of its first frame, shown until it plays."""
     label: str
     """A text description, for readers who can't see the video."""
 
@@ -71,4 +75,5 @@ def still(pixels: UInt8[np.ndarray, "h w _"], alt: str) -> Still:
 
 def clip(path: Path, label: str) -> Clip:
     """Reads an MP4."""
-    return Clip(mp4=path.read_bytes(), label=label)
+    (first,) = read_frames(path, [0])
+    return Clip(mp4=path.read_bytes(), poster=still(first, label).png, label=label)

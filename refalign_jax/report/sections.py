@@ -20,8 +20,8 @@ from refalign_jax.report.content import Clip, Section, Still
 from refalign_jax.report.render import render
 from refalign_jax.report.run import Confusion, Evaluation, Run, Sample
 
-SHOWN = 2
-"""Samples shown of each subject; of samples with several subjects, four times as many."""
+SHOWN = 1
+"""Samples shown of each subject; of samples with several subjects, eight times as many."""
 PICTURED = 6
 """Samples in the picture at the head of the page."""
 STRIP = 5
@@ -139,7 +139,7 @@ def losses(run: Run) -> Section:
 def samples(run: Run) -> Section:
     """The references of each subject beside the videos that were sampled from them."""
     alone, several = by_subject(run.samples)
-    chosen = [("Several subjects", several[: 4 * SHOWN])] if several else []
+    chosen = [("Several subjects", several[: 8 * SHOWN])] if several else []
     chosen += [(subject, mine[:SHOWN]) for subject, mine in alone.items()]
     html = render(
         "samples.html",

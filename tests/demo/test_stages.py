@@ -73,7 +73,7 @@ def test_every_stage_once(tmp_path, monkeypatch):
     entries = json.loads((run / "samples" / "samples.json").read_text())
     assert [entry["id"] for entry in entries] == ["00016", "00017", "00018"]  # the first of those held out
     for entry in entries:
-        assert entry["scores"].keys() == {"right", "ssim"}
+        assert entry["scores"].keys() == {"right", "SSIM"}
         for name in (entry["video"], entry["truth"], *(reference["image"] for reference in entry["references"])):
             assert (run / "samples" / name).exists()
         assert entry["prompt"] in shown
