@@ -42,12 +42,14 @@ def get_config() -> Config:
                 compute_dtype="float32",
                 remat="none",
             ),
-            alignment=AlignmentConfig(num_blocks=2, vfm_width=320),
+            alignment=AlignmentConfig(
+                num_blocks=2, vfm_width=320, weight=3.0, center_targets="dataset", subject_patches_only=True
+            ),
             flow=FlowConfig(shift=8.0),
         ),
         data=DataConfig(batch_size=8, max_references=2, text_length=17, held_out=64),
         dropout=DropoutConfig(text=0.05, references=0.05, both=0.05),
         optimizer=OptimizerConfig(learning_rate=3e-3, beta2=0.99, schedule="cosine", warmup_steps=50, final_share=0.05),
         sampling=SamplingConfig(num_steps=25, shift=10.0, reference_guidance=1.0, text_guidance=1.0),
-        train=TrainConfig(steps=2400, save_every=200, keep=1, held_out_every=200),
+        train=TrainConfig(steps=4000, save_every=400, keep=1, held_out_every=400),
     )
