@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from refalign_jax.config.recipe import flat_fields
+from refalign_jax.convert.checkpoint import find_checkpoint
 from refalign_jax.report import figures, tokens
 from refalign_jax.report.content import Section
 from refalign_jax.report.measures import MEASURES, Measured, Table, block_charts, describe, measure, token_maps
@@ -120,23 +122,24 @@ def comparison(pairs: Sequence[Pair], stem: str = "compare_") -> Section:
 
 
 def _measure(pairs: Sequence[Pair]) -> tuple[References, list[tuple[Measured, Measured]]]:
-    """The references of the first pair, and the measures of every pair, each on its own references."""
-    measured, first = [], None
-    for pair in pairs:
-        references = tokens.read_references(pair.aligned.config)
-        first = first or references
-        aligned = pair.aligned.config.model.alignment.num_blocks
-        one, other = (
-            measure(
-                tokens.features(tokens.trained_params(run)[0], references, run.config, f"tokens of {run.folder.name}"),
-                references,
-                aligned,
-            )
-            for run in (pair.aligned, pair.baseline)
-        )
-        measured.append((one, other))
-    assert first is not None
-    return first, measured
+    """The references of the first pair, and the measures of every pair, each run on the references of its dataset."""
+    measured = [(_newest_measures(pair.aligned), _newest_measures(pair.baseline)) for pair in pairs]
+    return tokens.read_references(pairs[0].aligned.config), measured
+
+
+def _newest_measures(run: Run) -> Measured:
+    path, _ = find_checkpoint(run.config.train.checkpoint_folder or run.folder)
+    return _measure_run(run.folder, path)
+
+
+@functools.lru_cache(maxsize=64)
+def _measure_run(folder: Path, checkpoint: object) -> Measured:
+    """The measures of a run at its newest checkpoint, `checkpoint`; kept, since comparisons may share a run."""
+    run = read_run(folder)
+    references = tokens.read_references(run.config)
+    params = tokens.trained_params(run)[0]
+    features = tokens.features(params, references, run.config, f"tokens of {run.folder.name}")
+    return measure(features, references, run.config.model.alignment.num_blocks)
 
 
 def _representations(
