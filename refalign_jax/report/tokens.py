@@ -148,13 +148,15 @@ def features(params: Params, references: References, config: Config, desc: str) 
     model = dataclasses.replace(config.model, dit=dit)
     example, reference, token = references.place
     place = reference * references.rows[0]["vfm_features"].shape[2] + token
+    most = int(np.bincount(example).max())  # one size of all examples, so that there is one program
     for n, row in enumerate(tqdm(references.rows, desc=desc, unit="example", leave=False)):
         mine = example == n
         if mine.any():
             noise = np.random.default_rng([SEED, n]).standard_normal(row["video_latents"].shape, np.float32)
             condition = Condition(row["text"], row["reference_latents"], row["num_references"])
-            tokens = _forward(params["dit"], row["video_latents"], noise, condition, place[mine], model)
-            found.append(np.asarray(tokens, np.float32))
+            chosen = np.resize(place[mine], most)
+            tokens = _forward(params["dit"], row["video_latents"], noise, condition, chosen, model)
+            found.append(np.asarray(tokens, np.float32)[:, : mine.sum()])
     return np.concatenate(found, axis=1)
 
 
