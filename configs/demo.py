@@ -51,5 +51,5 @@ def get_config() -> Config:
         dropout=DropoutConfig(text=0.05, references=0.05, both=0.05),
         optimizer=OptimizerConfig(learning_rate=3e-3, beta2=0.99, schedule="cosine", warmup_steps=50, final_share=0.05),
         sampling=SamplingConfig(num_steps=25, shift=10.0, reference_guidance=1.0, text_guidance=1.0),
-        train=TrainConfig(steps=3000, save_every=500, keep=1, held_out_every=500),
+        train=TrainConfig(steps=2400, save_every=400, keep=1, held_out_every=400),
     )
