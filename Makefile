@@ -53,7 +53,7 @@ DEMO = GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python tools/demo.py
 demo: $(VENV)/.installed
 	$(DEMO)
 
-# The same without alignment, with the recipe's loss and with the published one, five seeds each.
+# The same with the published loss, without alignment, and with targets that do not contradict themselves; five seeds.
 demo-compare: $(VENV)/.installed
 	$(DEMO) --compare
 

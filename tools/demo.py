@@ -30,7 +30,7 @@ def demo(
 
     Args:
       recipe: the model and its training, a file or the bare name of one under configs/.
-      compare: train each seed without alignment and with the published loss too, and report all side by side.
+      compare: train each seed without alignment and with other targets too, and report all side by side.
       photo: an image; nothing is trained, the run that is there is sampled with it.
       config: the size.
     """

@@ -42,7 +42,7 @@ SMALL = Config(
             compute_dtype="float32",
             remat="none",
         ),
-        alignment=AlignmentConfig(num_blocks=2, vfm_width=320, center_targets="dataset", subject_patches_only=True),
+        alignment=AlignmentConfig(num_blocks=2, vfm_width=320),
     ),
     data=DataConfig(batch_size=8, max_references=2, text_length=28, held_out=8),
     optimizer=OptimizerConfig(learning_rate=1e-3),
@@ -96,23 +96,22 @@ def test_every_stage_once(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(page, "write_report", lambda *arguments: asked.append(arguments))
     report = compare(config, SMALL)
-    other, published = (config.folder / f"seed-0-{loss}" for loss in ("unaligned", "published"))
+    other, options = (config.folder / f"seed-0-{loss}" for loss in ("unaligned", "options"))
     assert report == config.folder / "comparison.html"
     ((shown_run, out, compared),) = asked
     assert (shown_run, out) == (run, report)
     assert compared == {
         "What alignment changes": [(run, other)],
-        "What alignment changes with the published loss": [(published, other)],
+        "What alignment changes with targets that do not contradict themselves": [(options, other)],
     }
     assert {file: file.stat().st_mtime_ns for file in before} == before
-    first, second, third = (read_json(find_checkpoint(folder)[0], "config") for folder in (run, other, published))
-    assert first["model"]["alignment"].pop("weight") == third["model"]["alignment"].pop("weight") == 1
-    assert second["model"]["alignment"].pop("weight") == 0
-    assert first["model"]["alignment"].pop("center_targets") == second["model"]["alignment"].pop("center_targets")
-    assert third["model"]["alignment"].pop("center_targets") == "none"
+    first, second, third = (read_json(find_checkpoint(folder)[0], "config") for folder in (run, other, options))
+    changed = [
+        tuple(config["model"]["alignment"].pop(name) for name in ("weight", "center_targets", "subject_patches_only"))
+        for config in (first, second, third)
+    ]
+    assert changed == [(1, "none", False), (0, "none", False), (3, "dataset", True)]
     for config in (first, second, third):
-        config["model"]["alignment"].pop("center_targets", None)
-        config["model"]["alignment"].pop("subject_patches_only")
         config["train"].pop("folder")
     assert first == second == third
 
