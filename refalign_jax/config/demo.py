@@ -19,8 +19,8 @@ class DemoConfig:
     samples: int = 64
     """Held-out captions that are sampled, at most `data.held_out`."""
     seeds: int = 5
-    """Seeds of the comparison; each trains a run with the published loss, one without alignment and one with targets that
-    do not contradict themselves."""
+    """Seeds of the comparison; each trains a run with the published loss, one without alignment and one with targets
+    that do not contradict themselves."""
     steps: int = 0
     """Steps of training; 0, as many as the recipe has."""
 
