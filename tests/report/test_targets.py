@@ -11,7 +11,9 @@ from refalign_jax.report.targets import targets_section
 
 
 def run_of(config) -> Run:
-    return Run(folder=None, config=config, about={}, starts=(), program={}, steps=(), samples=(), lost=0, evaluation=None)
+    return Run(
+        folder=None, config=config, about={}, starts=(), program={}, steps=(), samples=(), lost=0, evaluation=None
+    )
 
 
 def test_the_number_is_that_of_the_dataset(dataset, tmp_path):
