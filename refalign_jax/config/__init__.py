@@ -26,7 +26,15 @@ from refalign_jax.config.model import (
     wan_14b,
 )
 from refalign_jax.config.recipe import RECIPES, find_recipe, flat_fields, from_dict, read_recipe, without_data
-from refalign_jax.config.sample import ExportConfig, GenerateConfig, SamplingConfig
+from refalign_jax.config.sample import (
+    SAVED,
+    WAN_NEGATIVE_PROMPT,
+    ExportConfig,
+    GenerateConfig,
+    SamplingConfig,
+    SigmaTable,
+    SolverName,
+)
 from refalign_jax.config.sources import OpenS2VConfig, PhantomConfig
 from refalign_jax.config.train import Config, DropoutConfig, MeshConfig, OptimizerConfig, TrainConfig
 
@@ -34,6 +42,8 @@ __all__ = [
     "FIELDS",
     "MAX_TEXT_LENGTH",
     "RECIPES",
+    "SAVED",
+    "WAN_NEGATIVE_PROMPT",
     "AlignmentConfig",
     "AttentionKernel",
     "AttentionTiles",
@@ -59,6 +69,8 @@ __all__ = [
     "PrepareConfig",
     "RematPolicy",
     "SamplingConfig",
+    "SigmaTable",
+    "SolverName",
     "Storage",
     "SyntheticConfig",
     "TrainConfig",

@@ -69,6 +69,7 @@ class DiTConfig:
       eps: Epsilon of every norm.
       rope_theta: Base of the rotary frequencies.
       max_position: Rotary positions lie in [0, max_position) on each axis.
+      reference_cross_attention: References attend to the text too, as in Phantom-Wan; in RefAlign they don't.
       compute_dtype: dtype of matrix products, their inputs and outputs; norms, softmax, RoPE, time and head stay
         float32.
       residual_dtype: dtype of the residual stream. float32, as in Wan2.1's code, halves bfloat16's error; in bfloat16
@@ -92,6 +93,7 @@ class DiTConfig:
     eps: float = 1e-6
     rope_theta: float = 10000.0
     max_position: int = 1024
+    reference_cross_attention: bool = False
     compute_dtype: DType = "bfloat16"
     residual_dtype: DType = "float32"
     attention: AttentionKernel = "auto"

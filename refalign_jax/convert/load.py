@@ -64,8 +64,12 @@ def is_checkpoint(path: str) -> bool:
     return not holds_weights(path)
 
 
-def _published(weights: str, model: ModelConfig, shapes: Params) -> dict[str, Any]:
-    """Reads published weights, each process only what its devices hold; refuses those of another model."""
+def find_published(weights: str, model: ModelConfig, shapes: Params) -> dict[str, Any]:
+    """Finds the parameters of a model in published weights, each a `Stored`, without reading them.
+
+    Raises:
+      ValueError: as `initial_params`.
+    """
     opened = open_transformer(weights, model.dit.num_heads)
     tensors, has_projectors = opened.tensors, opened.has_projectors
     for name in opened.stated & {"eps", "rope_theta"}:
@@ -77,9 +81,13 @@ def _published(weights: str, model: ModelConfig, shapes: Params) -> dict[str, An
         tensors = View(tensors, {name: name for name in tensors.shapes if ".input_" not in name})
     wanted = dict(shapes) if has_projectors else {"dit": shapes["dit"]}
     table = model_table(model.dit, model.alignment if has_projectors else None, opened.names)
-    return unflatten(
-        {path: _place(flatten(wanted)[path], leaf) for path, leaf in flatten(stored(table, wanted, tensors)).items()}
-    )
+    return stored(table, wanted, tensors)  # type: ignore[return-value]
+
+
+def _published(weights: str, model: ModelConfig, shapes: Params) -> dict[str, Any]:
+    """Reads published weights, each process only what its devices hold; refuses those of another model."""
+    found, wanted = flatten(find_published(weights, model, shapes)), flatten(shapes)
+    return unflatten({path: _place(wanted[path], leaf) for path, leaf in found.items()})
 
 
 def _place(target: jax.ShapeDtypeStruct, leaf: Stored) -> Array:

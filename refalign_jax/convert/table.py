@@ -241,7 +241,16 @@ def to_ours(table: Sequence[Entry], params: Mapping[str, Any], tensors: Tensors)
     Raises:
       ValueError: as in `stored`, or a number that is not finite.
     """
-    return unflatten({path: leaf[()] for path, leaf in flatten(stored(table, params, tensors)).items()})
+    return read_stored(stored(table, params, tensors))
+
+
+def read_stored(params: Params) -> Params:
+    """Reads what `stored` found, as `to_ours` does.
+
+    Raises:
+      ValueError: a number that is not finite.
+    """
+    return unflatten({path: leaf[()] for path, leaf in flatten(params).items()})
 
 
 def to_published(table: Sequence[Entry], params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:

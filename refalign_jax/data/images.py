@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from refalign_jax.data.files import check_file
 from refalign_jax.data.stored import Stored
@@ -19,7 +19,12 @@ from refalign_jax.types import Bool, Float
 ImageFile = str | os.PathLike[str] | Stored
 """An image: a path, or one that lies at a URL or within an archive."""
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF", "JPEG2000")
+COMMON = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF", "JPEG2000")
+FORMATS = (
+    *COMMON,
+    *("BLP", "CUR", "DCX", "DDS", "DIB", "FITS", "FLI", "FTEX", "ICNS", "ICO", "IM", "MSP", "PCD", "PCX", "PIXAR"),
+    *("PSD", "QOI", "SGI", "SPIDER", "SUN", "TGA", "XBM", "XPM"),
+)
 """The formats that are read; Pillow decodes them in this process, whereas an EPS would start Ghostscript."""
 
 _WIDE = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
@@ -48,7 +53,9 @@ def _image(path: ImageFile, what: str) -> Iterator[tuple[Image.Image, str]]:
         with Image.open(io.BytesIO(path.read()) if isinstance(path, Stored) else path, formats=FORMATS) as file:
             yield ImageOps.exif_transpose(file), str(file.format)
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not {what} in a format that is read: {', '.join(FORMATS)}.") from error
+        raise ValueError(
+            f"{path} is not {what} in a format that is read: {', '.join(COMMON)} and more{_name_format(path)}."
+        ) from error
     except Image.DecompressionBombError as error:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise ValueError(f"{path} is too large for {what}; at most {most} pixels are read.") from error
@@ -56,8 +63,53 @@ def _image(path: ImageFile, what: str) -> Iterator[tuple[Image.Image, str]]:
         raise ValueError(f"{path} can't be read as {what}: {str(error).rstrip('.')}.") from error
 
 
+def _name_format(path: ImageFile) -> str:
+    """What a file is whose format is known but not read, for a sentence; empty where that is not known."""
+    try:
+        if isinstance(path, Stored):
+            start = path.read()[:16]
+        else:
+            with open(path, "rb") as file:
+                start = file.read(16)
+    except OSError:
+        return ""
+    if start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
+        return "; it is HEIC, which a phone can export as JPEG"
+    if start[4:8] == b"ftyp" or start[:4] == b"\x1aE\xdf\xa3":
+        return "; it is a video"
+    for begin, name in ((b"%!PS", "PostScript"), (b"%PDF", "PDF"), (b"<svg", "SVG"), (b"<?xml", "XML or SVG")):
+        if start.startswith(begin):
+            return f"; it is {name}"
+    return "" if start else "; it is empty"
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Converts colours by the image's own profile, where it has one; CMYK and LAB cannot be converted well without."""
+    profile = image.info.get("icc_profile")
+    if image.mode == "LAB" and not profile:
+        profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    if not profile or image.mode not in ("RGB", "CMYK", "L", "LAB"):
+        return image
+    try:
+        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(given):
+            return image
+        turned = ImageCms.profileToProfile(image, given, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return image  # a damaged profile, or one of another kind of image; most viewers ignore these too
+    return image if turned is None else turned
+
+
+def is_cut_out(path: ImageFile) -> bool:
+    """Whether an image has transparent pixels, as a subject that has been cut out; errors as in `read_image`."""
+    with _image(path, "an image") as (image, _):
+        return image.has_transparency_data and bool(np.asarray(image.convert("RGBA"))[..., 3].min() < 255)
+
+
 def read_image(path: ImageFile) -> UInt8[np.ndarray, "h w 3"]:
     """Reads the first picture of an image file, turned upright by its EXIF; transparent pixels become white.
+
+    Colours are converted to sRGB by the file's profile, if it has another one.
 
     Greys of 16 bits lie in [0, 65535], and so do all of a PGM of more than 8 bits. Other whole greys lie in [0, 255]
     or, where one is larger, in [0, 65535]; floating ones lie in [0, 1] or in one of these two ranges.
@@ -71,7 +123,7 @@ def read_image(path: ImageFile) -> UInt8[np.ndarray, "h w 3"]:
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(_to_srgb(image).convert("RGB"))
 
 
 def _to_bytes(greys: np.ndarray, sixteen_bits: bool) -> UInt8[np.ndarray, "h w"]:

@@ -187,7 +187,11 @@ def pixel_aspect(stream: av.VideoStream, path: VideoFile) -> float:
 
 
 def write_video(
-    path: str | os.PathLike[str], frames: UInt8[np.ndarray, "T h w 3"], fps: float, quality: int = 18
+    path: str | os.PathLike[str],
+    frames: UInt8[np.ndarray, "T h w 3"],
+    fps: float,
+    quality: int = 18,
+    comment: str = "",
 ) -> None:
     """Writes an MP4 (H.264, 4:2:0, BT.709), with the same bytes for the same frames.
 
@@ -196,6 +200,7 @@ def write_video(
       frames: RGB; rows and columns even.
       fps: frames a second.
       quality: x264's constant rate factor, 0 (lossless) to 51.
+      comment: text that the file keeps; `read_comment` reads it.
 
     Raises:
       ValueError: other shapes, odd rows or columns, or a rate that is not positive.
@@ -212,7 +217,7 @@ def write_video(
         raise ValueError(f"{path}: fps is {fps}; it must be above 0.")
     with atomic_write(path) as temporary:
         try:
-            _encode(os.fspath(temporary), frames, fps, quality)
+            _encode(os.fspath(temporary), frames, fps, (quality, comment))
         except av.error.FFmpegError as error:
             raise OSError(error.errno, error.strerror) from error
 
@@ -236,11 +241,24 @@ def write_latents(
         write_video(path, frames, fps)
 
 
-def _encode(path: str, frames: UInt8[np.ndarray, "T h w 3"], fps: float, quality: int) -> None:
-    """Encodes frames into a file; raises FFmpeg's errors."""
+def read_comment(path: str | os.PathLike[str]) -> str:
+    """Reads the comment of a video file; empty where it has none.
+
+    Raises:
+      ValueError: no such file, or not a video.
+    """
+    with open_video(path) as (container, _):
+        return str(container.metadata.get("comment", ""))
+
+
+def _encode(path: str, frames: UInt8[np.ndarray, "T h w 3"], fps: float, style: tuple[int, str]) -> None:
+    """Encodes frames into a file, with a quality and a comment; raises FFmpeg's errors."""
+    quality, comment = style
     # Bit-exact mode leaves out the versions of FFmpeg and x264; more than one thread would change the bits.
     options = {"fflags": "+bitexact", "movflags": "+faststart"}
     with av.open(path, "w", format="mp4", options=options) as container:
+        if comment:
+            container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=fractions.Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"

@@ -32,7 +32,8 @@ from refalign_jax.data.video import write_latents
 from refalign_jax.demo.scenes import CELL, FPS, GRID, NUM_FRAMES, draw_scenes, read_scene, reference_path, write_clips
 from refalign_jax.demo.score import Judged, evaluation, judge_files
 from refalign_jax.encoders.open import reopen_video_codec
-from refalign_jax.inference.generate import generate, open_generator
+from refalign_jax.inference.generate import generate
+from refalign_jax.inference.opening import open_generator
 from refalign_jax.inference.outputs import write_samples
 from refalign_jax.inference.requests import Request
 from refalign_jax.trainer.loop import train

@@ -99,6 +99,9 @@ class DCTCodec:
         # The rows are orthogonal but not of unit length, so the inverse divides by their squared lengths.
         self._inverses = {t: basis / np.square(basis).sum(1, keepdims=True) for t, basis in self._bases.items()}
 
+    def release(self) -> None:
+        """Frees nothing, as there are no parameters."""
+
     def describe(self) -> dict[str, Any]:
         """Returns JSON that identifies the codec."""
         return {"name": "dct", "version": VERSION, "stride": self.stride, "channels": self.channels}

@@ -1,7 +1,7 @@
 """Models on Hugging Face's hub, given by their name: OWNER/MODEL.
 
 What the hub's cache holds is used as it is, without asking the hub, so that a run needs no network once the model is
-there. The cache is that of huggingface_hub: HF_HOME and HF_HUB_OFFLINE are its variables.
+there; see convert/hub.py.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import huggingface_hub
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from refalign_jax.atomic import first_line
 from refalign_jax.convert.files import open_weights
+from refalign_jax.convert.hub import snapshot
 
 _NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 _WANTED = ["config.json", "*.safetensors", "*.safetensors.index.json"]
@@ -34,13 +34,7 @@ def fetch(choice: str) -> Path | None:
     if Path(choice).exists() or not _NAME.fullmatch(choice):
         return None
     try:
-        cached = Path(huggingface_hub.snapshot_download(choice, allow_patterns=_WANTED, local_files_only=True))
-        if _is_whole(cached):
-            return cached
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        folder = Path(huggingface_hub.snapshot_download(choice, allow_patterns=_WANTED))
+        folder = snapshot(choice, _WANTED, _is_whole)
     except GatedRepoError as error:
         raise ValueError(
             f"--vfm {choice}: the hub gives this model only to those whose request was granted; log in with `hf auth "

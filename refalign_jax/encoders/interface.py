@@ -51,6 +51,10 @@ class VideoCodec(Protocol):
         """
         ...
 
+    def release(self) -> None:
+        """Frees the memory of the parameters, if there are any; the next call reads them again."""
+        ...
+
 
 class TextEncoder(Protocol):
     """Prompts to embeddings."""
@@ -72,6 +76,10 @@ class TextEncoder(Protocol):
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """Counts the tokens that each prompt would have if none were cut; `encode` keeps the first 512."""
+        ...
+
+    def release(self) -> None:
+        """Frees the memory of the parameters, if there are any; the next call reads them again."""
         ...
 
 

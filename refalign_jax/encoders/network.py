@@ -16,6 +16,33 @@ import numpy as np
 from refalign_jax.types import Params
 
 
+class Resident:
+    """Parameters in the devices' memory, read when they are first needed and again after `release`.
+
+    Args:
+      read: reads them.
+    """
+
+    def __init__(self, read: Callable[[], Params]) -> None:
+        self._read = read
+        self._params: Params | None = None
+
+    def __call__(self) -> Params:
+        """Returns the parameters."""
+        if self._params is None:
+            self._params = self._read()
+        return self._params
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether they are in memory."""
+        return self._params is not None
+
+    def release(self) -> None:
+        """Frees their memory."""
+        self._params = None
+
+
 def find_file(path: Path, candidates: Sequence[str]) -> Path:
     """Returns the first candidate that a folder has ("." is the folder itself); a file is returned as it is."""
     if path.is_file():

@@ -119,12 +119,15 @@ def open_video_codec(
     return WanVAE(_locate(choice, "--vae", "dct"), compute_dtype, batch_size, tile)
 
 
-def reopen_video_codec(described: Mapping[str, Any], batch_size: int = 1) -> VideoCodec:
+def reopen_video_codec(
+    described: Mapping[str, Any], batch_size: int = 1, compute_dtype: ComputeDtype | None = None
+) -> VideoCodec:
     """Opens the codec that a dataset was made with.
 
     Args:
       described: what its `describe` returned; manifests keep it under made/encoders/video.
       batch_size: as in `open_video_codec`.
+      compute_dtype: another dtype than it had; None for the same.
 
     Raises:
       ValueError: the weights are no longer where they were, or `dct` was another codec then.
@@ -137,7 +140,7 @@ def reopen_video_codec(described: Mapping[str, Any], batch_size: int = 1) -> Vid
             )
         return DCTCodec(described["stride"], described["channels"])
     path = _locate(described["path"], "--vae", "dct")
-    return WanVAE(path, described["config"]["compute_dtype"], batch_size, described["tile"])
+    return WanVAE(path, compute_dtype or described["config"]["compute_dtype"], batch_size, described["tile"])
 
 
 def open_text_encoder(
@@ -159,12 +162,14 @@ def open_text_encoder(
     return UMT5(_locate(choice, "--text-encoder", "words"), compute_dtype, batch_size)
 
 
-def reopen_text_encoder(described: Mapping[str, Any], batch_size: int = 1) -> TextEncoder:
+def reopen_text_encoder(
+    described: Mapping[str, Any], batch_size: int = 1, compute_dtype: ComputeDtype | None = None
+) -> TextEncoder:
     """Opens the text encoder that a dataset was made with; arguments and errors as in `reopen_video_codec`."""
     if described["name"] == "words":
         return WordHashes(described["width"])
     path = _locate(described["path"], "--text-encoder", "words")
-    return UMT5(path, described["compute_dtype"], batch_size)
+    return UMT5(path, compute_dtype or described["compute_dtype"], batch_size)
 
 
 def open_feature_encoder(

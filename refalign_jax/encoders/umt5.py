@@ -11,9 +11,9 @@ import numpy as np
 
 from refalign_jax.config import ComputeDtype
 from refalign_jax.convert.files import open_weights
-from refalign_jax.convert.table import Tensors, to_ours
+from refalign_jax.convert.table import Tensors, read_stored, stored
 from refalign_jax.convert.umt5 import umt5_names, umt5_table, untied
-from refalign_jax.encoders.network import device_batch, find_file, replicate
+from refalign_jax.encoders.network import Resident, device_batch, find_file, replicate
 from refalign_jax.models import umt5
 from refalign_jax.types import Float, Params
 
@@ -27,17 +27,19 @@ class UMT5:
       batch_size: prompts a call, rounded up to a multiple of the devices.
 
     Raises:
-      ValueError: a file that is not whole, or not this model's; or no tokenizer.
+      ValueError: a file that is not whole, or not this model's; or no tokenizer. The first `encode` raises it for
+        numbers that are not finite.
     """
 
     def __init__(self, path: Path, compute_dtype: ComputeDtype, batch_size: int) -> None:
         weights = untied(open_weights(find_file(path, ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder", "."))))
         self._config = infer_umt5_config(weights, compute_dtype)
+        check_umt5(self._config, weights)
         self.width = self._config.width
         place = _tokenizer_folder(path)
         self._tokenizer = umt5.load_tokenizer(place)
         self._tokenizer_files = [] if path in (place, *place.parents) else _tokenizer_files(place)
-        self._params = replicate(load_umt5(self._config, weights))
+        self._params = Resident(lambda: replicate(load_umt5(self._config, weights)))
         self._batch_size, self._path = batch_size, path
 
     def describe(self) -> dict[str, Any]:
@@ -54,7 +56,7 @@ class UMT5:
             part = list(prompts[start : start + size])
             padded = part + [""] * (size - len(part))
             embeddings, lengths = umt5.encode_prompts(
-                self._params, padded, self._tokenizer, self._config, sharding=sharding
+                self._params(), padded, self._tokenizer, self._config, sharding=sharding
             )
             rows += [row[:length] for row, length in zip(np.asarray(embeddings), lengths, strict=True)][: len(part)]
         return rows
@@ -62,6 +64,10 @@ class UMT5:
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
         """Counts tokens as `TextEncoder.count_tokens` specifies, the end token included."""
         return umt5.count_tokens(self._tokenizer, prompts)
+
+    def release(self) -> None:
+        """Frees the parameters' memory, as `TextEncoder.release` specifies."""
+        self._params.release()
 
 
 def infer_umt5_config(weights: Tensors, compute_dtype: ComputeDtype) -> umt5.UMT5Config:
@@ -94,15 +100,19 @@ def infer_umt5_config(weights: Tensors, compute_dtype: ComputeDtype) -> umt5.UMT
     )
 
 
-def load_umt5(config: umt5.UMT5Config, weights: Tensors) -> Params:
-    """Reads the parameters as numpy arrays, from Wan2.1's names or transformers'.
+def check_umt5(config: umt5.UMT5Config, weights: Tensors) -> Params:
+    """Finds the parameters under Wan2.1's names or transformers', each a `table.Stored`, without reading them.
 
     Raises:
       ValueError: tensors that are missing, extra or misshapen, listed with their shapes.
     """
-    names = umt5_names(weights.shapes)
     shapes = jax.eval_shape(lambda: umt5.init(config, jax.random.key(0)))
-    return to_ours(umt5_table(config, names), shapes, untied(weights))
+    return stored(umt5_table(config, umt5_names(weights.shapes)), shapes, untied(weights))
+
+
+def load_umt5(config: umt5.UMT5Config, weights: Tensors) -> Params:
+    """Reads the parameters as numpy arrays; arguments and errors as in `check_umt5`."""
+    return read_stored(check_umt5(config, weights))
 
 
 def _tokenizer_files(folder: Path) -> list[str]:

@@ -11,9 +11,9 @@ import numpy as np
 from refalign_jax.config import ComputeDtype
 from refalign_jax.convert.files import open_weights, read_config
 from refalign_jax.convert.other_models import refuse_other_vaes
-from refalign_jax.convert.table import Tensors, to_ours
+from refalign_jax.convert.table import Tensors, read_stored, stored
 from refalign_jax.convert.vae import vae_table
-from refalign_jax.encoders.network import find_file, in_batches, replicate
+from refalign_jax.encoders.network import Resident, find_file, in_batches, replicate
 from refalign_jax.models import vae
 from refalign_jax.models.streaming import Tiling
 from refalign_jax.types import Float, Params
@@ -32,7 +32,8 @@ class WanVAE:
       tile: side in pixels of the tiles in which it works, overlapping by a quarter; 0 for whole frames.
 
     Raises:
-      ValueError: a file that is not whole, or not this model's.
+      ValueError: a file that is not whole, or not this model's. The first `encode` or `decode` raises it for numbers
+        that are not finite.
     """
 
     def __init__(self, path: Path, compute_dtype: ComputeDtype, batch_size: int, tile: int) -> None:
@@ -41,7 +42,8 @@ class WanVAE:
         self._config = read_vae_config(file, weights, compute_dtype)
         self._tiling = Tiling(size=tile, overlap=tile // 4) if tile else None
         self.stride, self.channels = self._config.spatial_factor, self._config.latent_channels
-        self._params = replicate(load_vae(self._config, weights))
+        check_vae(self._config, weights)
+        self._params = Resident(lambda: replicate(load_vae(self._config, weights)))
         self._batch_size, self._path = batch_size, path
 
     def describe(self) -> dict[str, Any]:
@@ -57,14 +59,18 @@ class WanVAE:
     def encode(self, videos: Float[np.ndarray, "B T h w 3"]) -> Float[np.ndarray, "B F H W C"]:
         """Encodes videos as `VideoCodec.encode` specifies."""
         return in_batches(
-            lambda x: _encode(self._params, x, config=self._config, tiling=self._tiling), videos, self._batch_size
+            lambda x: _encode(self._params(), x, config=self._config, tiling=self._tiling), videos, self._batch_size
         )
 
     def decode(self, latents: Float[np.ndarray, "B F H W C"]) -> Float[np.ndarray, "B T h w 3"]:
         """Decodes latents as `VideoCodec.decode` specifies."""
         return in_batches(
-            lambda z: _decode(self._params, z, config=self._config, tiling=self._tiling), latents, self._batch_size
+            lambda z: _decode(self._params(), z, config=self._config, tiling=self._tiling), latents, self._batch_size
         )
+
+    def release(self) -> None:
+        """Frees the parameters' memory, as `VideoCodec.release` specifies."""
+        self._params.release()
 
 
 _DIFFUSERS = {
@@ -104,12 +110,17 @@ def read_vae_config(file: Path, weights: Tensors, compute_dtype: ComputeDtype) -
     return vae.VAEConfig(width=first[0], compute_dtype=compute_dtype)
 
 
-def load_vae(config: vae.VAEConfig, weights: Tensors) -> Params:
-    """Reads the parameters as numpy arrays.
+def check_vae(config: vae.VAEConfig, weights: Tensors) -> Params:
+    """Finds the parameters, each a `table.Stored`, without reading them.
 
     Raises:
       ValueError: tensors that are missing, extra or misshapen, listed with their shapes.
     """
     names: Literal["wan", "diffusers"] = "diffusers" if "quant_conv.weight" in weights.shapes else "wan"
     shapes = jax.eval_shape(lambda: vae.init(config, jax.random.key(0)))
-    return to_ours(vae_table(config, names), shapes, weights)
+    return stored(vae_table(config, names), shapes, weights)
+
+
+def load_vae(config: vae.VAEConfig, weights: Tensors) -> Params:
+    """Reads the parameters as numpy arrays; arguments and errors as in `check_vae`."""
+    return read_stored(check_vae(config, weights))

@@ -47,6 +47,9 @@ class WordHashes:
         """Counts words and the end, as `TextEncoder.count_tokens` specifies."""
         return [len(_words(prompt)) + 1 for prompt in prompts]
 
+    def release(self) -> None:
+        """Frees nothing, as there are no parameters."""
+
     def _vector(self, word: str) -> Float[np.ndarray, " width"]:
         seed = int.from_bytes(hashlib.sha256(word.encode()).digest(), "little")
         return np.random.default_rng(seed).standard_normal(self.width, np.float32)

@@ -1,8 +1,11 @@
 """The files of a folder of sampled videos.
 
-<id>.mp4                            the video of a request
+<id>.mp4                            the video of a request; its comment is JSON that says how it was made
 <id>-reference-0.png, -1.png, …     its references as the model received them
+<id>-latents.safetensors, -pixels…  its latents and pixels, if they are to be saved
 samples.json                        one entry per video: prompt, files, and how it was made
+gallery.html                        all videos on a page
+.latents/                           latents whose video is not there yet
 
 An entry has digests of all that decides its video (references, masks, weights, encoders) and of its files. A video is
 kept if these are what they would be now, and made again otherwise. Entries of other requests are left alone.
@@ -13,6 +16,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,36 +27,48 @@ from PIL import Image
 
 from refalign_jax.atomic import atomic_write, write_text
 from refalign_jax.config import flat_fields
+from refalign_jax.convert.safetensors_files import open_safetensors
 from refalign_jax.data.inputs import digest_array
 from refalign_jax.data.records import Reference
-from refalign_jax.digests import Digests, differences
+from refalign_jax.data.video import to_pixels, write_video
+from refalign_jax.digests import Digests, differences, digest_json
+from refalign_jax.encoders.interface import VideoCodec
 from refalign_jax.inference.requests import Request
+from refalign_jax.inference.tensors import channels_first, save_tensor
+from refalign_jax.types import Float
 
 SAMPLES = "samples.json"
+_CHANGED = "its files were changed"
 
 
-def describe_sample(request: Request, made: Mapping[str, Any], digests: Digests) -> dict[str, Any]:
+def describe_sample(
+    request: Request, made: Mapping[str, Any], digests: Digests, saved: Sequence[str] = (), stem: str = ""
+) -> dict[str, Any]:
     """Returns the entry of samples.json for a request, without the digests of its files.
 
     Args:
       request: the request.
       made: JSON: everything that decides the video beside prompt and references.
       digests: of the folder of samples.
+      saved: names of tensors that are saved beside the video.
+      stem: what the names of its files begin with; empty for the request's id.
 
     Raises:
       ValueError, OSError: a reference can't be read.
     """
+    stem = stem or request.id
     references = [
-        {"image": _reference_name(request.id, number), **_describe_reference(reference, digests)}
+        {"image": f"{stem}-reference-{number}.png", **_describe_reference(reference, digests)}
         for number, reference in enumerate(request.references)
     ]
-    return {
+    entry = {
         "id": request.id,
         "prompt": request.prompt,
-        "video": f"{request.id}.mp4",
+        "video": f"{stem}.mp4",
         "references": references,
         "made": json.loads(json.dumps(dict(made))),
     }
+    return entry | ({"tensors": {name: f"{stem}-{name}.safetensors" for name in saved}} if saved else {})
 
 
 def _describe_reference(reference: Reference, digests: Digests) -> dict[str, Any]:
@@ -81,7 +97,8 @@ def digest_files(folder: Path, entry: Mapping[str, Any], digests: Digests) -> di
 
 def file_names(entry: Mapping[str, Any]) -> list[str]:
     """Names of the files of an entry."""
-    return [entry["video"], *(reference["image"] for reference in entry["references"])]
+    references = [reference["image"] for reference in entry["references"] if reference["image"]]
+    return [entry["video"], *references, *entry.get("tensors", {}).values()]
 
 
 def reason_to_make(folder: Path, before: Mapping[str, Any] | None, wanted: Mapping[str, Any], digests: Digests) -> str:
@@ -105,7 +122,8 @@ def reason_to_make(folder: Path, before: Mapping[str, Any] | None, wanted: Mappi
         made = differences(flat_fields(old["made"]), flat_fields(new["made"]))
         return f"other {', '.join([*parts, *(name.removeprefix('digests.') for name in made)])}"
     try:
-        return "" if digest_files(folder, wanted, digests) == files else "its files were changed"
+        now = digest_files(folder, wanted, digests)
+        return "" if all(files.get(name) == digest for name, digest in now.items()) else _CHANGED
     except (ValueError, OSError):
         return "its files are missing"
 
@@ -142,15 +160,80 @@ def remove_files(folder: Path, names: Iterable[str]) -> None:
                 (folder / name).unlink()
 
 
-def write_references(folder: Path, id: str, images: UInt8[np.ndarray, "R h w 3"]) -> None:
-    """Writes the references of a request as PNG files.
+def write_references(folder: Path, entry: Mapping[str, Any], images: UInt8[np.ndarray, "R h w 3"]) -> None:
+    """Writes the references of an entry as PNG files; those without a name are not written.
 
     Raises:
       OSError: a file can't be written.
     """
-    for number, image in enumerate(images):
-        with atomic_write(folder / _reference_name(id, number)) as temporary:
-            Image.fromarray(image).save(temporary, format="PNG")
+    for reference, image in zip(entry["references"], images, strict=True):
+        if reference["image"]:
+            with atomic_write(folder / reference["image"]) as temporary:
+                Image.fromarray(image).save(temporary, format="PNG")
+
+
+def write_files(
+    folder: Path, entry: Mapping[str, Any], latents: Float[np.ndarray, "F H W C"], codec: VideoCodec
+) -> None:
+    """Decodes latents and writes an entry's video, with its description inside, and the tensors that it names.
+
+    Raises:
+      OSError: a file can't be written.
+    """
+    values = codec.decode(latents[None])[0]
+    tensors = {"latents": channels_first(latents), "pixels": values}
+    for name, file in entry.get("tensors", {}).items():
+        save_tensor(folder / file, name, tensors[name])
+    about = {"id": entry["id"], **_content(entry)}
+    about["references"] = [_without(reference, "image") for reference in about["references"]]
+    comment = json.dumps(about, ensure_ascii=False, sort_keys=True)
+    write_video(folder / entry["video"], to_pixels(values), entry["made"]["fps"], comment=comment)
+
+
+class Spool:
+    """Latents on the disk between the transformer and the VAE, so that a process that is killed loses one batch.
+
+    Args:
+      folder: of the samples.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder / ".latents"
+
+    def write(self, entry: Mapping[str, Any], latents: Float[np.ndarray, "F H W C"]) -> None:
+        """Keeps the latents of an entry.
+
+        Raises:
+          OSError: they can't be written.
+        """
+        self._folder.mkdir(exist_ok=True)
+        save_tensor(self._path(entry), "latents", latents)
+
+    def read(self, entry: Mapping[str, Any]) -> Float[np.ndarray, "F H W C"] | None:
+        """Returns what was kept for an entry of the same content; None where there is nothing, or it is damaged."""
+        path = self._path(entry)
+        if not path.is_file():
+            return None
+        try:
+            return np.array(open_safetensors(path).read("latents"))
+        except (ValueError, OSError, KeyError):
+            return None
+
+    def remove(self, entry: Mapping[str, Any]) -> None:
+        """Removes what was kept, and the folder with the last of it."""
+        with contextlib.suppress(OSError):
+            self._path(entry).unlink(missing_ok=True)
+            self._folder.rmdir()
+
+    def clear(self) -> None:
+        """Removes all that is kept, and what processes that were killed left half written; for the only writer."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        for left in self._folder.parent.glob(".*.partial"):
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+    def _path(self, entry: Mapping[str, Any]) -> Path:
+        return self._folder / f"{digest_json([entry['id'], _content(entry)])}.safetensors"
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:
@@ -187,7 +270,3 @@ def write_samples(folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
       OSError: it can't be written; the one that was there stays.
     """
     write_text(folder / SAMPLES, json.dumps(entries, indent=1, ensure_ascii=False))
-
-
-def _reference_name(id: str, number: int) -> str:
-    return f"{id}-reference-{number}.png"

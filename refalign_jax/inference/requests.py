@@ -1,4 +1,4 @@
-"""Videos that are asked for, as a JSONL file with one request per line.
+"""Videos that are asked for: OpenS2V-Eval's JSON, or a JSONL file with one request per line.
 
     {"id": "walk", "prompt": "A cat walks over grass.",
      "references": [{"image": "cat.png", "subject": "cat", "mask": "cat_mask.png"}]}
@@ -9,12 +9,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from refalign_jax.data.json_lines import check_fields, check_text, read_lines
+from refalign_jax.data.files import check_file
+from refalign_jax.data.json_lines import check_fields, check_text, read_json, read_lines
 from refalign_jax.data.records import Reference
 from refalign_jax.data.references import load_reference
 from refalign_jax.data.sources.jsonl import parse_references
@@ -54,12 +55,7 @@ def read_requests(path: str | Path) -> list[Request]:
         check_text(fields["prompt"], "prompt", where, empty=True)
         name = fields.get("id", f"{number:04d}")
         check_text(name, "id", where)
-        if name in requests or Path(name).name != name or name.startswith(".") or not name.isprintable():
-            raise ValueError(f"{where}: id is {name!r:.60}; it must be a file's name that no other line has.")
-        if len(name.encode()) > MAX_ID_BYTES:
-            raise ValueError(
-                f"{where}: id has {len(name.encode())} bytes; at most {MAX_ID_BYTES} leave room for its files' endings."
-            )
+        _check_id(name, requests, where)
         references = parse_references(fields.get("references", []), where, path.parent)
         requests[name] = Request(id=name, prompt=fields["prompt"], references=references, where=where)
     if not requests:
@@ -67,19 +63,63 @@ def read_requests(path: str | Path) -> list[Request]:
     return list(requests.values())
 
 
-def check_references(requests: Sequence[Request]) -> None:
-    """Reads every reference once, so that what can't be read is found before anything is sampled.
+def read_eval(path: str | Path, images: str | Path | None = None) -> list[Request]:
+    """Reads the prompts of OpenS2V-Eval, {id: {"prompt", "img_paths", "class_label", …}}; other fields are left alone.
+
+    Args:
+      path: the JSON file.
+      images: what the paths in it are relative to; None for its folder.
 
     Raises:
-      ValueError: references that can't be read, as `load_reference` says; the first few and how many there are.
+      ValueError: no such file, or another form.
     """
-    found: list[str] = []
+    path = Path(path)
+    check_file(path, "OpenS2V-Eval's JSON")
+    found, folder = read_json(path), path.parent if images is None else Path(images)
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f'{path} is no file of OpenS2V-Eval, which is an object {{id: {{"prompt", "img_paths"}}}}.')
+    requests = []
+    for id, item in found.items():
+        where = f"{path}, {id!r:.60}"
+        if not isinstance(item, dict):
+            raise ValueError(f"{where} is {item!r:.60}; it must be an object with prompt and img_paths.")
+        _check_id(id, (), where)
+        check_text(item.get("prompt"), "prompt", where, empty=True)
+        paths, labels = item.get("img_paths"), item.get("class_label")
+        if not isinstance(paths, list):
+            raise ValueError(f"{where}: img_paths is {paths!r:.60}; it must be a list, [] for none.")
+        for number, name in enumerate(paths):
+            check_text(name, f"img_paths[{number}]", where)
+        named = labels if isinstance(labels, list) and len(labels) == len(paths) else [None] * len(paths)
+        subjects = [label if isinstance(label, str) else None for label in named]
+        references = tuple(
+            Reference(path=folder / name, subject=subject) for name, subject in zip(paths, subjects, strict=True)
+        )
+        requests.append(Request(id=id, prompt=item["prompt"], references=references, where=where))
+    return requests
+
+
+def _check_id(id: str, others: Container[str], where: str) -> None:
+    """Raises ValueError unless an id can name files and is no other request's."""
+    if id in others or Path(id).name != id or id.startswith(".") or not id.isprintable():
+        raise ValueError(f"{where}: id is {id!r:.60}; it must be a file's name that no other line has.")
+    if len(id.encode()) > MAX_ID_BYTES:
+        raise ValueError(
+            f"{where}: id has {len(id.encode())} bytes; at most {MAX_ID_BYTES} leave room for its files' endings."
+        )
+
+
+def unreadable(requests: Sequence[Request]) -> dict[str, str]:
+    """Reads every reference once, so that what can't be read is found before anything is sampled.
+
+    Returns:
+      The reason of each request that has such a reference, by its id, without a full stop.
+    """
+    found: dict[str, str] = {}
     for request in tqdm(requests, desc="check references", unit="request", delay=5):
         for reference in request.references:
             try:
                 load_reference(reference, 16, 16)
             except (ValueError, OSError) as error:
-                found.append(f"{request.where or request.id}: {str(error).rstrip('.')}")
-    if found:
-        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
-        raise ValueError(f"{'; '.join(found[:3])}{more}.")
+                found.setdefault(request.id, str(error).rstrip("."))
+    return found

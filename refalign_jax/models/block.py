@@ -1,7 +1,7 @@
 """One block of the Wan2.1 transformer, and its head, as linen modules.
 
     x += gate₁ · SelfAttention(LN(x)·(1 + scale₁) + shift₁)      video and reference tokens together
-    x += CrossAttention(LN_affine(x), text)                      video tokens only
+    x += CrossAttention(LN_affine(x), text)                      video tokens only; in Phantom-Wan references too
     x += gate₂ · FFN(LN(x)·(1 + scale₂) + shift₂)                each token by itself
 
 Video and reference tokens are two arrays, called streams, that meet in self-attention alone. So nothing is cut out of a
@@ -75,13 +75,13 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of video tokens to the text; queries and keys RMS-normalised over D."""
+    """Attention of tokens to the text; queries and keys RMS-normalised over D."""
 
     config: DiTConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"], text: Float[Array, "B S D"]) -> Float[Array, "B L D"]:
-        """Returns the attended video tokens."""
+        """Returns the attended tokens."""
         c = self.config
         dtype = jnp.dtype(c.compute_dtype)
         query = Linear(c.width, dtype, HIDDEN, name="query")
@@ -128,9 +128,15 @@ class Block(nn.Module):
         outputs = SelfAttention(c, name="self_attention")(inputs, shared)
         video, *reference = (_gated(x, gate1, y) for x, y in zip(streams, outputs, strict=True))
 
-        normed = nn.LayerNorm(c.eps, use_fast_variance=False, dtype=jnp.float32, name="cross_norm")(video)
-        attended = CrossAttention(c, name="cross_attention")(normed.astype(dtype), shared.text)
-        video = (video + attended).astype(video.dtype)
+        norm = nn.LayerNorm(c.eps, use_fast_variance=False, dtype=jnp.float32, name="cross_norm")
+        cross_attention = CrossAttention(c, name="cross_attention")
+
+        def cross(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+            return (x + cross_attention(norm(x).astype(dtype), shared.text)).astype(x.dtype)
+
+        video = cross(video)
+        if c.reference_cross_attention:
+            reference = [cross(x) for x in reference]
 
         ffn = FeedForward(c.ffn_width, c.width, dtype, name="ffn")
         return tuple(

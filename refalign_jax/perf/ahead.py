@@ -194,7 +194,7 @@ def describe(config: Config, mesh: Mesh, known: Chip, topology: str, step: Step)
     if step == "train":
         model, again = flops.train_flops(config.model, shape), flops.repeated_flops(config.model, shape, "splash")
     else:
-        model, again = flops.sample_flops(dit, shape, config.sampling.num_steps), 0
+        model, again = flops.sample_flops(dit, shape, config.sampling), 0
     chips = mesh.size
     return {
         "step": step,

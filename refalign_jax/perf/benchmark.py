@@ -132,7 +132,7 @@ def _sample_runner(config: Config, mesh: Mesh) -> Runner:
         yield lambda: program(params, *inputs)
 
     shape = flops.Shape(grid=grid, references=data.max_references, text_length=data.text_length)
-    counted = B * flops.sample_flops(dit, shape, config.sampling.num_steps)
+    counted = B * flops.sample_flops(dit, shape, config.sampling)
     return Runner(config=config, program=program, compile_seconds=seconds, flops=counted, session=session)
 
 

@@ -17,7 +17,8 @@ from refalign_jax.data.images import read_image
 from refalign_jax.data.prepare import prepare
 from refalign_jax.data.sources.jsonl import read_jsonl
 from refalign_jax.data.video import probe, read_frames
-from refalign_jax.inference.generate import generate, open_generator
+from refalign_jax.inference.generate import generate
+from refalign_jax.inference.opening import open_generator
 from refalign_jax.inference.outputs import read_samples
 from refalign_jax.inference.requests import read_requests
 
@@ -88,7 +89,7 @@ def test_a_video_does_not_depend_on_its_neighbours_and_is_not_made_twice(weights
     assert (together / "one.mp4").stat().st_mtime == 1  # kept
     np.testing.assert_array_equal(read_frames(together / "two.mp4", range(5)), theirs)
     assert (together / "0003.mp4").read_bytes() != before
-    other = dataclasses.replace(generator, generate=dataclasses.replace(SMALL, seed=1))
+    other = dataclasses.replace(generator, generate=dataclasses.replace(generator.generate, seed=1))
     generate(requests[1:2], apart, other)
     assert (read_frames(apart / "two.mp4", range(5)) != theirs).any()
 
@@ -109,7 +110,7 @@ def test_published_weights_sample_as_their_checkpoint(weights, prompts, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vae": None}, "No --vae is named, and no dataset tells it"),
+        ({"vae": None}, "No --vae is named, and no dataset names it"),
         ({"text_encoder": None}, "No --text-encoder is named"),
         ({"height": 40}, "The height is 40; it must be a multiple of 16 pixels"),
         ({"dataset": "nowhere", "vae": None}, "nowhere"),
@@ -161,6 +162,9 @@ def test_a_reference_that_is_gone_is_named(weights, tmp_path):
         ({"num_frames": 6}, r"num_frames=6 must be 4k\+1"),
         ({"fps": -1}, "fps=-1 must be at least 0"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"save": "latents,video"}, "save='latents,video' has 'video'; known are latents, pixels"),
+        ({"lora_scale": (1.0,)}, "lora_scale has 1 numbers for 0 adapters"),
+        ({"part": (3, 2)}, r"part=\(3, 2\) must be two numbers"),
     ],
 )
 def test_numbers_that_make_no_video(values, message):

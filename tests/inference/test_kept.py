@@ -17,7 +17,8 @@ from support.footage import photograph
 from refalign_jax.config import GenerateConfig, ModelConfig
 from refalign_jax.convert.checkpoint import save_params
 from refalign_jax.inference import generate as generate_module
-from refalign_jax.inference.generate import generate, open_generator
+from refalign_jax.inference.generate import generate
+from refalign_jax.inference.opening import open_generator
 from refalign_jax.inference.outputs import read_samples
 from refalign_jax.inference.requests import read_requests
 from refalign_jax.locks import exclusive
@@ -98,7 +99,7 @@ def test_what_changed_is_made_again_and_the_rest_is_kept(generator, prompts, tmp
         os.utime(out / entry["video"], (1, 1))
     capsys.readouterr()
     generate(read_requests(prompts), out, generator)
-    assert capsys.readouterr().out == f"2 of 3 videos are kept; to be made: {reason}.\n"
+    assert capsys.readouterr().out.splitlines()[0] == f"2 of 3 videos are kept; to be made: {reason}."
     entries = read_samples(out)
     assert [entry["id"] for entry in entries if (out / entry["video"]).stat().st_mtime > 1] == made
     generate(read_requests(prompts), tmp_path / "fresh", generator)
@@ -145,20 +146,34 @@ def test_other_prompts_in_the_same_folder_leave_entries_and_scores_alone(generat
     assert len(read_samples(out)) == 4
 
 
-def test_all_that_is_missing_is_named_before_anything_is_sampled(generator, prompts, tmp_path, monkeypatch):
+def test_what_is_missing_is_named_and_the_rest_is_made(generator, prompts, tmp_path):
     lines = [{"prompt": "", "references": [{"image": f"{n}.png"}]} for n in range(5)]
     write(tmp_path / "bad.jsonl", {"prompt": "", "references": [{"image": "cat.png"}]}, *lines)
-    monkeypatch.setattr(generate_module, "draw", lambda *_: pytest.fail("sampled"))
-    with pytest.raises(ValueError, match=r"bad.jsonl, line 2: \S+0\.png does not exist.*; and 2 more\.$"):
-        generate(read_requests(tmp_path / "bad.jsonl"), tmp_path / "out", generator)
-    assert not (tmp_path / "out").exists()
+    requests, out = read_requests(tmp_path / "bad.jsonl"), tmp_path / "out"
+    message = (
+        r"^5 of 6 videos were not made\. \S*bad\.jsonl, line 2: \S+0\.png does not exist.*; and 2 more\. The other 1 "
+    )
+    with pytest.raises(ValueError, match=message):
+        generate(requests, out, generator)
+    assert [path.name for path in out.glob("*.mp4")] == ["0001.mp4"]
+    assert [entry["id"] for entry in read_samples(out)] == ["0001"]
+    with pytest.raises(ValueError, match="5 of 5 videos were not made"):
+        generate(requests[1:], tmp_path / "none", generator)
+    assert not (tmp_path / "none").exists()
 
 
-def test_a_sample_that_is_not_finite_is_an_error_with_the_requests_name(generator, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate_module, "sample", lambda params, noise, *_, **__: noise.at[1, 0, 0, 0, 0].set(np.nan))
-    with pytest.raises(ValueError, match="The sample of two holds NaN or infinity; the weights"):
+def test_a_sample_that_is_not_finite_is_named_and_the_rest_is_made(generator, prompts, tmp_path, monkeypatch):
+    def denoise(params, inputs, **_):
+        wrong = inputs.references is not None and inputs.references.shape[1] == 2
+        yield inputs.noise * jax.numpy.where(wrong, np.nan, 1.0)
+
+    monkeypatch.setattr(generate_module, "denoise", denoise)
+    with pytest.raises(
+        ValueError, match=r"two: The sample of two holds NaN or infinity; the weights|line 2: The sample"
+    ):
         generate(read_requests(prompts), tmp_path / "out", generator)
-    assert list((tmp_path / "out").glob("*.*4")) == []
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.mp4")) == ["one.mp4", "three.mp4"]
+    assert [path.name for path in (tmp_path / "out").glob("two*")] == []
 
 
 def test_prompts_that_are_cut_are_named_with_the_tokens_lost(generator, prompts, tmp_path, capsys):
@@ -176,7 +191,7 @@ def test_a_full_disk_leaves_nothing_half_written(generator, prompts, tmp_path):
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1200, hard))
-        with pytest.raises(OSError, match=r"out/one\S* can't be written: File too large"):
+        with pytest.raises(OSError, match=r"out/\S+ can't be written: File too large"):
             generate(requests, out, generator)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

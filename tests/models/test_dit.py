@@ -245,3 +245,24 @@ def test_a_grid_the_patch_does_not_divide_is_refused():
         forward(tiny.params(), jnp.zeros((1, 1, 3, 4, 16)), jnp.zeros(1), jnp.zeros((1, 1, 16)))
     with pytest.raises(ValueError, match="max_position"):
         DiTConfig().token_grid(1025, 2, 2)
+
+
+def test_phantom_is_text_to_video_over_the_references_as_last_frames():
+    """There every token passes every layer, so the references may as well be frames whose velocity is thrown away."""
+    phantom = dataclasses.replace(tiny.DIT, reference_cross_attention=True)
+    params, batch = tiny.params(), tiny.batch([2, 2], references=2)
+    t, video, references = jnp.array([300.0, 40.0]), batch.video_latents, batch.reference_latents
+    ours = forward(params, video, t, batch.text, references, config=phantom)
+    frames = forward(params, jnp.concatenate([video, references], axis=1), t, batch.text)
+    assert tiny.relative(ours, frames[:, : video.shape[1]]) <= 2e-6
+    assert tiny.relative(forward(params, video, t, batch.text, references), ours) > 1e-3
+
+
+def test_padded_references_of_phantom_change_nothing():
+    phantom = dataclasses.replace(tiny.DIT, reference_cross_attention=True)
+    params, batch = tiny.params(), tiny.batch([2, 1], references=2)
+    t = jnp.array([300.0, 40.0])
+    padded = forward(params, batch.video_latents, t, batch.text, batch.reference_latents, batch.num_references, phantom)
+    video, text, references = batch.video_latents[1:], batch.text[1:], batch.reference_latents[1:, :1]
+    alone = forward(params, video, t[1:], text, references, config=phantom)
+    assert tiny.relative(padded[1:], alone) <= 2e-6

@@ -55,6 +55,11 @@ def test_plain_text_to_video_is_diffusers_model(tmp_path, size):
     ours = velocity(ours_params, exact, x, jnp.asarray(t), condition)
     assert tiny.relative(np.moveaxis(np.asarray(ours), -1, 1), theirs) <= 1e-5
 
+    # Phantom-Wan: the last frame is a reference, clean and without a velocity.
+    phantom = dataclasses.replace(exact, reference_cross_attention=True)
+    ours = velocity(ours_params, phantom, x[:, :2], jnp.asarray(t), Condition(jnp.asarray(text), x[:, 2:]))
+    assert tiny.relative(np.moveaxis(np.asarray(ours), -1, 1), theirs[:, :, :2]) <= 1e-5
+
     export_weights(tmp_path / "ours", tmp_path / "back" / "model.safetensors", ExportConfig(names="diffusers"))
     from safetensors.numpy import load_file
 
