@@ -273,15 +273,31 @@ def block_terms(
         return terms(projector, tokens, targets.features)
 
 
-def observer(projectors: Params, targets: Targets, config: AlignmentConfig) -> Observer[tuple[Array, Array]]:
+def observer(
+    projectors: Params, targets: Targets, config: AlignmentConfig, step: Int[Array, ""]
+) -> Observer[tuple[Array, Array]]:
     """An observer of the transformer that computes L₊ and L₋ after each aligned block, [A, B] each.
+
+    From `stop_step` on, neither the terms nor their gradients are computed, and both are 0.
 
     Args:
       projectors: of all aligned blocks, as `init_projectors` returns them.
       targets: what `make_targets` returned.
-      config: margins, kind of projector, number of blocks.
+      config: margins, kind of projector, number of blocks, `stop_step`.
+      step: training step.
     """
-    return Observer(config.num_blocks, lambda streams, p: block_terms(p, streams[1], targets, config), projectors)
+
+    def observe(streams: tuple[Array, ...], projector: Params) -> tuple[Array, Array]:
+        def terms() -> tuple[Array, Array]:
+            return block_terms(projector, streams[1], targets, config)
+
+        def nothing() -> tuple[Array, Array]:
+            zeros = jnp.zeros(targets.features.shape[0])
+            return zeros, zeros
+
+        return jax.lax.cond(step < config.stop_step, terms, nothing) if config.stop_step else terms()
+
+    return Observer(config.num_blocks, observe, projectors)
 
 
 def alignment_terms(

@@ -49,6 +49,10 @@ class Batch(NamedTuple):
         return Condition(self.text, self.reference_latents, self.num_references)
 
 
+Times = tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]
+"""σ, t and w of each sample, as `flow.lookup` returns them."""
+
+
 class Terms(NamedTuple):
     """The parts of each sample's loss, float32 [B].
 
@@ -89,21 +93,45 @@ def sample_terms(
       step: training step, which `AlignmentConfig.stop_step` is compared with.
       config: transformer, alignment and flow.
     """
-    sigma, t, weight = flow.lookup(flow.training_schedule(config.flow), index)
+    return terms_at(params, batch, noise, flow.lookup(flow.training_schedule(config.flow), index), step, config)
+
+
+def terms_at(
+    params: Params,
+    batch: Batch,
+    noise: Float[Array, "B F H W C"],
+    times: Times,
+    step: Int[Array, ""],
+    config: ModelConfig,
+) -> tuple[Terms, Float[Array, "B F H W C"]]:
+    """As `sample_terms`, at any times: σ, t and w of each sample."""
+    sigma, t, _ = times
     noisy, target = flow.corrupt(batch.video_latents, noise, sigma)
     inputs = params["dit"], config.dit, noisy, t, batch.condition
     if config.alignment.weight > 0 and batch.condition.reference_latents is not None:
-        observer = alignment.observer(params["projectors"], batch_targets(batch, config), config.alignment)
+        observer = alignment.observer(params["projectors"], batch_targets(batch, config), config.alignment, step)
         velocity, terms = transformer.observe(*inputs, observer)
         pull, push = (jnp.mean(x, axis=0) * batch.aligned for x in terms)
     else:
         velocity = transformer.velocity(*inputs)
         pull = push = jnp.zeros_like(t)
-    errors = flow.flow_errors(velocity, target)
+    return join_terms(flow.flow_errors(velocity, target), pull, push, times, step, config), velocity
+
+
+def join_terms(
+    errors: Float[Array, " B"],
+    pull: Float[Array, " B"],
+    push: Float[Array, " B"],
+    times: Times,
+    step: Int[Array, ""],
+    config: ModelConfig,
+) -> Terms:
+    """The loss of each sample from the error of its velocity, L₊ and L₋; the other arguments as in `terms_at`."""
+    _, t, weight = times
     gate = alignment.gate(t, config.alignment)
     aligned = alignment.alignment_loss(pull, push, config.alignment)
     loss = weight * errors + alignment.schedule_weight(step, config.alignment) * gate * aligned
-    return Terms(errors, weight, gate, pull, push, aligned, loss), velocity
+    return Terms(errors, weight, gate, pull, push, aligned, loss)
 
 
 def batch_targets(batch: Batch, config: ModelConfig) -> alignment.Targets:

@@ -16,12 +16,19 @@ from refalign_jax.encoders.umt5 import load_umt5
 from refalign_jax.encoders.vit import load_dinov3
 from refalign_jax.encoders.wan_vae import load_vae
 from refalign_jax.models import dinov3, umt5, vae
-from refalign_jax.verify.progress import run_tasks
+from refalign_jax.verify.progress import attempt, run_tasks
 from refalign_jax.verify.report import Kind, Report
 from refalign_jax.verify.values import Values, channels_second
 
-KNOWN = {"vae_latents", "vae_decoded", "vae_image_latents", "t5_embeddings", "dino_tokens"}
-"""Names in values.npz that are compared."""
+VALUES = {
+    "vae": ["vae_latents", "vae_decoded", "vae_image_latents"],
+    "umt5": ["t5_embeddings"],
+    "dinov3": ["dino_tokens"],
+}
+"""Names in values.npz that are compared, by encoder."""
+
+KNOWN = {name for names in VALUES.values() for name in names}
+"""All of them."""
 
 INPUTS = {"vae_video", "vae_latent_mean", "vae_latent_std", "t5_ids", "t5_mask", "dino_pixels"}
 """Names in values.npz that others are computed from."""
@@ -62,15 +69,15 @@ def check_encoders(values: Values, compute_dtype: DType, report: Report) -> None
     case = Case(values, compute_dtype, report)
     run_tasks(
         [
-            (name, functools.partial(check, case))
+            (name, functools.partial(attempt, report, VALUES[name], functools.partial(check, case)))
             for name, check in CHECKS.items()
             if (values.folder / f"{name}.safetensors").is_file()
         ]
     )
     for name in values.arrays:
-        if name in KNOWN and name not in report.compared:
-            report.remarks.append(f"{name} was not compared: what it belongs to is not in the folder.")
-        elif name not in KNOWN | INPUTS:
+        if name in KNOWN:
+            report.skip([name] if name not in report.skipped else [], "the weights of its encoder are missing")
+        elif name not in INPUTS:
             report.remarks.append(f"values.npz holds {name!r}, which is none of the names verified.")
 
 

@@ -1,4 +1,4 @@
-"""Comparisons of forward passes: velocity, blocks, the training loss and its parts, the alignment loss, sampling."""
+"""Comparisons of forward passes: velocity, the training loss and its parts, the alignment loss, sampling."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ from refalign_jax import alignment, flow, objective
 from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig, SamplingConfig
 from refalign_jax.models import dit
 from refalign_jax.models.condition import Condition
-from refalign_jax.objective import Batch, Terms
+from refalign_jax.objective import Batch, Terms, Times
 from refalign_jax.sampling import sample
 from refalign_jax.types import Params
+from refalign_jax.verify import streamed
 from refalign_jax.verify.case import Case
-from refalign_jax.verify.report import measure
-from refalign_jax.verify.values import channels_second
+from refalign_jax.verify.divergence import check_operations
+from refalign_jax.verify.floors import Compute, spread, table_bounds
+from refalign_jax.verify.progress import attempt
+from refalign_jax.verify.report import Floor
+from refalign_jax.verify.values import MissingError, channels_second
 
 SCALARS: Mapping[str, Callable[[Terms], jax.Array]] = {
     "mse": lambda terms: terms.flow,
@@ -32,83 +36,156 @@ SCALARS: Mapping[str, Callable[[Terms], jax.Array]] = {
 }
 """Names that `scalars` of config.json may hold."""
 
+WITHOUT_ALIGNMENT = ("mse", "weight", "gate")
+"""Those of them that need no alignment loss."""
 
-def check_velocity(case: Case, t: str, count: str) -> None:
-    """Compares the velocity at time `t` with the first `count` references."""
-    name, values = f"velocity_t{t}_refs{count}", case.values
-    x = values.channels_last("video_latents")
-    references = values.channels_last("reference_latents")[:, : int(count)] if int(count) else None
-    condition = Condition(jnp.asarray(values.need("text")), references)
-    inputs = case.params["dit"], case.config.dit, x, jnp.full(x.shape[:1], float(t), jnp.float32), condition
-    row = case.report.compare(name, channels_second(velocity(*inputs)), values.arrays[name], "forward")
-    check_blocks(case, name, inputs, row.passed)
+
+def check_velocity(case: Case, name: str, t: str, count: str) -> None:
+    """Compares the velocity `name` at time `t` with the first `count` references, and the operations on the way."""
+    x, text = case.values.channels_last("video_latents"), jnp.asarray(case.values.need("text"))
+    references = None
+    if int(count or 0):
+        references = case.values.channels_last("reference_latents")
+        if references.shape[1] < int(count):
+            raise MissingError(f"reference_latents holds {references.shape[1]} references")
+        references = references[:, : int(count)]
+    inputs = x, jnp.full(x.shape[:1], float(t), jnp.float32), Condition(text, references)
+
+    @functools.cache
+    def compute(draw: int) -> dict[str, Any]:
+        return {name: channels_second(predict(case, case.moved(inputs, draw), draw))}
+
+    agrees = True
+    if name in case.values.arrays:
+        theirs = case.values.arrays[name]
+        agrees = case.report.compare(name, compute(0)[name], theirs, "forward", lambda: spread(compute, name)).passed
+    check_operations(case, name, inputs, agrees)
 
 
 def check_schedule(case: Case, what: str) -> None:
-    """Compares the training schedule's `timesteps` or `weights`."""
+    """Compares the training schedule's `timesteps` or `weights`, entry by entry."""
     name, table = f"train_{what}", flow.training_schedule(case.config.flow)
-    case.report.compare(name, getattr(table, what), case.values.arrays[name], "forward")
+    case.report.compare_table(name, getattr(table, what), case.values.arrays[name], getattr(case.bounds, what))
 
 
-def check_step(case: Case, index: str) -> None:
-    """Compares one training step's loss, its terms and what they are computed from."""
-    name, arrays, indices = f"step{index}", case.values.arrays, case.indices(int(index))
-    terms, predicted = loss_terms(case.params, case.batch, case.noise, indices, config=case.config)
-    sigma, t, _ = flow.lookup(flow.training_schedule(case.config.flow), indices)
-    noisy, target = flow.corrupt(case.batch.video_latents, case.noise, sigma)
-    parts = {"timestep": t, "noisy": channels_second(noisy), "target": channels_second(target)}
-    for part, ours in parts.items():
-        if f"{name}_{part}" in arrays:
-            case.report.compare(f"{name}_{part}", ours, arrays[f"{name}_{part}"], "forward")
-    row = case.report.compare(f"{name}_velocity", channels_second(predicted), arrays[f"{name}_velocity"], "forward")
-    inputs = case.params["dit"], case.config.dit, noisy, t, case.batch.condition._replace(num_references=None)
-    check_blocks(case, name, inputs, row.passed)
-    if f"{name}_ref_features" in arrays:
-        features = reference_features(*inputs, case.config.alignment.num_blocks)
-        theirs = arrays[f"{name}_ref_features"]
-        case.report.compare(f"{name}_ref_features", np.asarray(features, np.float32), theirs, "forward")
-    if f"{name}_scalars" in arrays:
-        check_scalars(case, f"{name}_scalars", terms)
+def check_step(case: Case, label: str) -> None:
+    """Compares what the folder has of one training step: its time, its inputs, the velocity, features, the loss."""
+    compute = step_values(case, label)
+    parts = {
+        "timestep": check_time,
+        "noisy": check_corruption,
+        "target": check_corruption,
+        "velocity": functools.partial(check_prediction, compute=compute),
+        "ref_features": check_features,
+        "scalars": functools.partial(check_scalars, compute=compute),
+    }
+    for part, check in parts.items():
+        if f"step{label}_{part}" in case.values.arrays:
+            attempt(case.report, [f"step{label}_{part}"], functools.partial(check, case, label, part))
+    agrees = all(row.passed for row in case.report.rows if row.name == f"step{label}_velocity")
+
+    def operations() -> None:
+        noisy, _ = flow.corrupt(case.batch.video_latents, case.noise, case.times(label)[0])
+        check_operations(case, f"step{label}", (noisy, case.times(label)[1], case.condition), agrees)
+
+    attempt(case.report, [f"step{label}_{name}" for name in (*streamed.OPERATIONS, "blocks")], operations)
 
 
-def check_scalars(case: Case, name: str, terms: Terms) -> None:
+def check_time(case: Case, label: str, part: str) -> None:
+    """Compares the times of a step with the schedule."""
+    name, theirs = f"step{label}_{part}", case.values.arrays[f"step{label}_{part}"]
+    _, t, _ = flow.lookup(flow.training_schedule(case.config.flow), case.indices(label))
+    ours = np.asarray(t).reshape(theirs.shape) if theirs.size == t.size else np.asarray(t)
+    case.report.compare(name, ours, theirs, "forward", lambda: float(np.linalg.norm(case.time_bounds(label)[1])))
+
+
+def check_corruption(case: Case, label: str, part: str) -> None:
+    """Compares the noisy latents, or the target, of a step."""
+    name = f"step{label}_{part}"
+    latents, sigma = case.values.channels_last("video_latents"), case.times(label)[0]
+    ours = flow.corrupt(latents, case.noise, sigma)[part == "target"]
+
+    def floor() -> float:
+        return float(np.max(case.time_bounds(label)[0]) * jnp.linalg.norm((case.noise - latents).ravel()))
+
+    case.report.compare(name, channels_second(ours), case.values.arrays[name], "forward", floor)
+
+
+def check_prediction(case: Case, label: str, part: str, compute: Compute) -> None:
+    """Compares the velocity that a step predicts."""
+    name = f"step{label}_{part}"
+    theirs = case.values.arrays[name]
+    case.report.compare(name, compute(0)[part], theirs, "forward", lambda: spread(compute, part))
+
+
+def check_features(case: Case, label: str, part: str) -> None:
+    """Compares the reference tokens after the first blocks, of which there are as many as theirs has."""
+    name = f"step{label}_{part}"
+    theirs = case.values.arrays[name]
+    if case.references() is None:
+        raise MissingError("values.npz lacks reference_latents")
+
+    @functools.cache
+    def compute(draw: int) -> dict[str, Any]:
+        sigma, t, _ = case.moved_times(label, draw)
+        noisy, _ = flow.corrupt(case.batch.video_latents, case.noise, sigma)
+        inputs = case.moved((noisy, t, case.condition), draw)
+        if case.streamed:
+            walk, count = streamed.Walk(case, inputs, draw), len(theirs)
+            tokens = [np.asarray(found["block"]) for i, _, found in walk.blocks() if i < count]
+            return {name: np.stack(tokens)[:, :, -theirs.shape[2] :]}
+        params = case.moved(case.params["dit"], draw)
+        with case.on_mesh():
+            found = reference_features(params, case.config.dit, *inputs, min(len(theirs), case.config.dit.num_layers))
+        return {name: np.asarray(found, np.float32)}
+
+    case.report.compare(name, compute(0)[name], theirs, "forward", lambda: spread(compute, name))
+
+
+def check_scalars(case: Case, label: str, part: str, compute: Compute) -> None:
     """Compares the means of a loss's terms over the batch.
 
     Raises:
-      ValueError: config.json names a term that is unknown.
+      MissingError: config.json does not name the terms.
+      ValueError: config.json names a term that is unknown, or not as many as there are.
     """
-    labels = list(case.values.config.get("scalars", []))
+    name = f"step{label}_{part}"
+    theirs, labels = case.values.arrays[name], list(case.values.config.get("scalars", []))
+    if not labels:
+        raise MissingError("config.json lacks scalars, the names of what it holds")
     unknown = [label for label in labels if label not in SCALARS]
-    if unknown:
-        raise ValueError(f"{case.values.config.place} names the scalars {unknown}; known are {', '.join(SCALARS)}.")
-    scalars = [float(jnp.mean(SCALARS[label](terms))) for label in labels]
-    case.report.compare_each(name, scalars, case.values.arrays[name], labels)
+    if unknown or theirs.shape != (len(labels),):
+        raise ValueError(
+            f"{name} has the shape {list(theirs.shape)}, config.json names the scalars {labels}; known are "
+            f"{', '.join(SCALARS)}."
+        )
+    kept = [i for i, label in enumerate(labels) if label in WITHOUT_ALIGNMENT or not case.lacking]
+    chosen = [labels[i] for i in kept]
+    bounds = [float(np.mean(bound)) for bound in case.time_bounds(label)]
+    errors: dict[str, Floor] = {label: functools.partial(spread, compute, label) for label in chosen}
+    errors["weight"] = lambda: bounds[2]
+    errors["loss"] = lambda: bounds[2] * float(compute(0)["mse"]) + spread(compute, "loss")
+    case.report.compare_each(name, [compute(0)[label] for label in chosen], theirs[kept], chosen, errors)
+    case.report.skip([f"{name}[{labels[i]}]" for i in range(len(labels)) if i not in kept], case.lacking)
 
 
-def check_blocks(case: Case, name: str, inputs: tuple[Any, ...], agrees: bool) -> None:
-    """Compares the tokens after every block, if the folder has them, and remarks on the first block that diverges.
+def step_values(case: Case, label: str) -> Compute:
+    """The velocity and the mean terms of one training step, by name, as a function of the draw (floors.py)."""
 
-    Args:
-      case: the model and its values.
-      name: of the forward pass.
-      inputs: of `velocity`.
-      agrees: whether the velocity is within tolerance.
-    """
-    theirs, remarks = case.values.arrays.get(f"{name}_blocks"), case.report.remarks
-    if theirs is None:
-        if not agrees:
-            remarks.append(
-                f"{name} diverges; to see where, add the tokens after each block, {name}_blocks [layers, B, tokens, D]."
-            )
-        return
-    ours = np.asarray(block_tokens(*inputs))
-    row = case.report.compare(f"{name}_blocks", ours, theirs, "forward")
-    for i, pair in enumerate(zip(ours, theirs, strict=True)):
-        if not measure("", *pair, row.tolerance).passed:
-            remarks.append(f"{name}: block {i} is the first that diverges.")
-            return
-    if not agrees:
-        remarks.append(f"{name}: every block agrees, so that the head diverges.")
+    @functools.cache
+    def compute(draw: int) -> dict[str, Any]:
+        batch, noise = case.moved((case.batch, case.noise), draw)
+        times = case.moved_times(label, draw)
+        if case.streamed:
+            terms, predicted = streamed.loss_terms(case, batch, noise, times, draw)
+        else:
+            params = case.moved(case.params, draw)
+            with case.on_mesh():
+                terms, predicted = loss_terms(params, batch, noise, times, config=case.config)
+        means = {name: float(jnp.mean(scalar(terms))) for name, scalar in SCALARS.items()}
+        return {"velocity": channels_second(predicted), **means}
+
+    return compute
 
 
 def check_alignment(case: Case, subjects: str) -> None:
@@ -118,35 +195,73 @@ def check_alignment(case: Case, subjects: str) -> None:
       ValueError: the tokens do not divide by the subjects.
     """
     name, k, arrays = f"ra{subjects}", int(subjects), case.values.arrays
-    student, teacher = (jnp.asarray(case.values.need(f"{name}_{part}")) for part in ("student", "teacher"))
-    if len(student) % k:
-        raise ValueError(f"{name}_student has {len(student)} tokens, not divisible by its {k} subjects.")
-    loss = functools.partial(alignment_of, teacher=teacher, subjects=k, config=case.config.alignment)
-    (_, terms), gradient = jax.value_and_grad(loss, has_aux=True)(student)
-    case.report.compare_each(f"{name}_loss", terms, arrays[f"{name}_loss"], ["total", "pull", "push"])
+    tokens = tuple(jnp.asarray(case.values.need(f"{name}_{part}")) for part in ("student", "teacher"))
+    if not k or len(tokens[0]) % k or tokens[0].shape != tokens[1].shape:
+        raise ValueError(f"{name}_student has {len(tokens[0])} tokens, not divisible by its {k} subjects.")
+    loss = functools.partial(alignment_of, subjects=k, config=case.config.alignment)
+
+    @functools.cache
+    def compute(draw: int) -> dict[str, Any]:
+        student, teacher = case.moved(tokens, draw)
+        (_, terms), gradient = jax.value_and_grad(loss, has_aux=True)(student, teacher)
+        return {"grad": gradient, **dict(zip(labels, terms, strict=True))}
+
+    labels = ["total", "pull", "push"]
+    if f"{name}_loss" in arrays:
+        errors: dict[str, Floor] = {label: functools.partial(spread, compute, label) for label in labels}
+        ours = [compute(0)[label] for label in labels]
+        case.report.compare_each(f"{name}_loss", ours, arrays[f"{name}_loss"], labels, errors)
     if f"{name}_grad" in arrays:
-        case.report.compare(f"{name}_grad", gradient, arrays[f"{name}_grad"], "gradient")
+        theirs = arrays[f"{name}_grad"]
+        case.report.compare(f"{name}_grad", compute(0)["grad"], theirs, "gradient", lambda: spread(compute, "grad"))
 
 
 def check_sample(case: Case) -> None:
-    """Compares sampled latents, with three-branch guidance."""
-    values = case.values
+    """Compares the sampling schedule, and sampled latents with three-branch guidance or, without references, with two.
+
+    Raises:
+      MissingError: an input is missing.
+    """
+    values, arrays = case.values, case.values.arrays
     guidance = values.config.get("guidance", {})
     config = SamplingConfig(
-        num_steps=int(values.config.get("sample_steps", 50)),
+        num_steps=int(values.config.get("sample_steps", len(arrays.get("sample_sigmas", range(50))))),
         shift=case.config.flow.shift,
         reference_guidance=guidance.get("reference", 5.0),
         text_guidance=guidance.get("text", 7.5),
     )
-    table = flow.schedule(config.num_steps, config.shift)
+    table, bounds = (make(config.num_steps, config.shift) for make in (flow.schedule, table_bounds))
     for part in ("sigmas", "timesteps"):
-        if f"sample_{part}" in values.arrays:
-            case.report.compare(f"sample_{part}", getattr(table, part), values.arrays[f"sample_{part}"], "forward")
-    prompt = Condition(jnp.asarray(values.need("text")), values.channels_last("reference_latents"))
+        if f"sample_{part}" in arrays:
+            tables = getattr(table, part), arrays[f"sample_{part}"], getattr(bounds, part)
+            compare = functools.partial(case.report.compare_table, f"sample_{part}", *tables)
+            attempt(case.report, [f"sample_{part}"], compare)
+    if "sample_latents" not in arrays:
+        return
+    references = case.references()
+    if references is None and "reference" in guidance:
+        raise MissingError("values.npz lacks reference_latents")
+    prompt = Condition(jnp.asarray(values.need("text")), references)
     negative = prompt._replace(text=jnp.asarray(values.need("negative_text")))
-    noise = values.channels_last("sample_noise")
-    latents = sample(case.params["dit"], noise, prompt, negative, dit=case.config.dit, config=config)
-    case.report.compare("sample_latents", channels_second(latents), values.arrays["sample_latents"], "sample")
+    inputs = values.channels_last("sample_noise"), prompt, negative
+
+    @functools.cache
+    def compute(draw: int) -> dict[str, Any]:
+        params, moved = case.moved(case.params["dit"], draw), case.moved(inputs, draw)
+        with case.on_mesh():
+            return {"latents": channels_second(sample(params, *moved, dit=case.config.dit, config=config))}
+
+    latents, theirs = compute(0)["latents"], arrays["sample_latents"]
+    case.report.compare("sample_latents", latents, theirs, "sample", lambda: spread(compute, "latents"))
+
+
+def predict(case: Case, inputs: streamed.Inputs, draw: int = 0) -> jax.Array:
+    """The velocity; `draw` moves the parameters."""
+    if case.streamed:
+        return streamed.velocity(case, inputs, draw)
+    params = case.moved(case.params["dit"], draw)
+    with case.on_mesh():
+        return velocity(params, case.config.dit, *inputs)
 
 
 velocity = jax.jit(dit.velocity, static_argnums=1)
@@ -163,20 +278,14 @@ def reference_features(
     return tokens.reshape(*tokens.shape[:2], -1, tokens.shape[-1])
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def block_tokens(params: Params, config: DiTConfig, x: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
-    """All tokens after every block, [layers, B, tokens, D], float32."""
-    return dit.observe(params, config, x, t, condition, dit.all_tokens(config))[1].astype(jnp.float32)
-
-
 @functools.partial(jax.jit, static_argnames="config")
-def loss_terms(params: Params, batch: Batch, noise: jax.Array, index: jax.Array, *, config: ModelConfig) -> Any:
+def loss_terms(params: Params, batch: Batch, noise: jax.Array, times: Times, *, config: ModelConfig) -> Any:
     """Terms of each sample's loss, and the velocity."""
-    return objective.sample_terms(params, batch, noise, index, jnp.int32(0), config)
+    return objective.terms_at(params, batch, noise, times, jnp.int32(0), config)
 
 
 def alignment_of(
-    student: jax.Array, *, teacher: jax.Array, subjects: int, config: AlignmentConfig
+    student: jax.Array, teacher: jax.Array, *, subjects: int, config: AlignmentConfig
 ) -> tuple[jax.Array, list[jax.Array]]:
     """The alignment loss, and [loss, pull, push], of tokens [subjects·P, E]."""
     s, f = (x.reshape(1, subjects, -1, x.shape[-1]) for x in (student, teacher))

@@ -15,6 +15,10 @@ from refalign_jax.atomic import first_line
 from refalign_jax.data.json_lines import read_json
 
 
+class MissingError(ValueError):
+    """A value can't be computed here, because the folder lacks something that it depends on."""
+
+
 class Entries(dict[str, Any]):
     """A JSON object that reports a missing entry in one sentence.
 
@@ -38,7 +42,7 @@ class Values:
 
     Attributes:
       folder: its path.
-      config: config.json.
+      config: config.json; empty where there is none.
       arrays: values.npz.
     """
 
@@ -50,10 +54,10 @@ class Values:
         """Returns an array that others depend on.
 
         Raises:
-          ValueError: it is missing.
+          MissingError: it is missing.
         """
         if name not in self.arrays:
-            raise ValueError(f"{self.folder / 'values.npz'} lacks {name!r}, which the values in it depend on.")
+            raise MissingError(f"values.npz lacks {name}")
         return self.arrays[name]
 
     def channels_last(self, name: str) -> jax.Array:
@@ -73,18 +77,19 @@ class Values:
 
 
 def open_values(folder: Path) -> Values:
-    """Reads config.json and values.npz.
+    """Reads values.npz and, where there is one, config.json.
 
     Raises:
-      ValueError: the folder or one of the files is missing, or config.json is not a JSON object.
+      ValueError: there is no such folder, values.npz is missing, or one of the files is damaged.
     """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; name the folder that holds it, with values.npz and weights.")
     if not folder.is_dir():
         raise ValueError(f"The folder {folder} does not exist.")
-    for name in ("config.json", "values.npz"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} is not a folder of values: it lacks {name}.")
+    if not (folder / "values.npz").is_file():
+        raise ValueError(f"{folder} is not a folder of values: it lacks values.npz.")
     path = folder / "config.json"
-    config = read_json(path)
+    config = read_json(path) if path.is_file() else {}
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}; it must be an object.")
     arrays = _read_arrays(folder / "values.npz")
@@ -95,7 +100,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Reads all arrays of an .npz file."""
     try:
         with np.load(path) as file:
-            return {name: file[name] for name in file.files}
+            return {name: np.asarray(file[name]) for name in file.files}
     except Exception as error:  # zipfile, zlib and numpy have a dozen
         raise ValueError(f"{path} can't be read as an .npz file: {first_line(error)}.") from error
 
