@@ -7,6 +7,7 @@ Pure: parameters, batch, noise and schedule indices in; loss and its terms out. 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -50,7 +51,7 @@ class Batch(NamedTuple):
 
 
 Times = tuple[Float[Array, " B"], Float[Array, " B"], Float[Array, " B"]]
-"""σ, t and w of each sample, as `flow.lookup` returns them."""
+"""Share of noise, time and weight of each sample, as `flow.lookup` returns them."""
 
 
 class Terms(NamedTuple):
@@ -73,6 +74,18 @@ class Terms(NamedTuple):
     push: Array
     alignment: Array
     loss: Array
+
+
+PUBLISHED_TERMS: Mapping[str, str] = {
+    "mse": "flow",
+    "weight": "weight",
+    "gate": "gate",
+    "ra_total(pos+neg)": "alignment",
+    "ra_pos": "pull",
+    "ra_neg": "push",
+    "loss": "loss",
+}
+"""What the published code calls the fields of `Terms`."""
 
 
 def sample_terms(

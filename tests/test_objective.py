@@ -1,5 +1,7 @@
 """The objective can be differentiated both ways."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from support import tiny
@@ -21,3 +23,28 @@ def test_forward_mode_agrees_with_reverse_mode():
     gradient = jax.jit(jax.grad(loss))(params)
     reverse = sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient), jax.tree.leaves(direction), strict=True))
     assert abs(float(forward - reverse)) <= 1e-4 * abs(float(reverse))
+
+
+def test_no_aligned_block_is_computed_after_the_stop():
+    """After the step, projectors of NaN change neither the loss nor a gradient: what is not computed can't spread."""
+    config = dataclasses.replace(tiny.MODEL, alignment=dataclasses.replace(tiny.MODEL.alignment, stop_step=10))
+    params, batch = tiny.params(), tiny.batch([3])
+    noise = jax.random.normal(jax.random.key(7), batch.video_latents.shape)
+
+    @jax.jit
+    def value_and_gradient(params, step):
+        def loss(params):
+            loss, terms = objective(params, batch, noise, jnp.array([40]), step, config)
+            return loss, terms
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    broken = {**params, "projectors": jax.tree.map(lambda x: x * jnp.nan, params["projectors"])}
+    (before, _), _ = value_and_gradient(broken, jnp.int32(9))
+    (after, terms), gradient = value_and_gradient(broken, jnp.int32(10))
+    assert jnp.isnan(before)
+    assert jnp.allclose(after, jnp.mean(terms.weight * terms.flow))
+    assert float(terms.pull[0]) == float(terms.push[0]) == 0
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(gradient))
+    (aligned, _), _ = value_and_gradient(params, jnp.int32(9))
+    assert aligned > after

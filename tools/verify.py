@@ -3,11 +3,14 @@
     python tools/verify.py tests/golden/dit_a
     python tools/verify.py DIR --weights Wan2.1-T2V-1.3B/ --html page.html
     python tools/verify.py DIR --profile 16bit --out ours.npz
+    python tools/verify.py --runs RUN RUN --spread RUN
 
 Every value in the folder is computed again and compared. The exit code is 0 if all agree, 1 if one falls short or has
-an unknown name, 3 if those that could be compared agree.
+an unknown name, 3 if those that could be compared agree. With --runs, metrics and weights of two training runs are
+compared step by step, and the exit code is 1 if they are farther apart than rounding explains.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,46 +21,65 @@ from tyro.conf import Positional, arg
 from refalign_jax.command import OutputFile, run
 
 Weights = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="(default: those in the folder)")]
-Stream = Annotated[bool | None, arg(help_behavior_hint="(default: if it has more than 200M parameters)")]
 
 
-def verify(
-    folder: Positional[Path],
-    /,
-    *,
-    weights: Weights = None,
-    out: OutputFile = None,
-    html: OutputFile = None,
-    profile: Literal["float32", "16bit"] = "float32",
-    devices: int = 1,
-    stream: Stream = None,
-) -> int:
-    """Computes every value in a folder again and prints a table.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """The command line."""
 
-    Args:
-      folder: values.npz, weights and config.json, in the form that docs/verify.md describes.
-      weights: weights of a transformer, in any form that convert.py import reads.
-      out: file (.npz) for our values under the same names.
-      html: page with the table and, for each pass, the errors over the blocks.
-      profile: float32, or 16bit for values made in bfloat16; ours are then computed in bfloat16 too.
-      devices: number of devices over which the transformer is split.
-      stream: read the transformer block by block.
-    """
-    from rich.console import Console
-
-    from refalign_jax.verify.dit import Options
-    from refalign_jax.verify.folder import verify
-
-    report = verify(folder, profile, Options(weights=weights, devices=devices, stream=stream))
-    report.show(Console(width=None if sys.stdout.isatty() else 160))
-    if out is not None:
-        report.write(out)
-    return report.code
+    folder: Annotated[Positional[Path | None], arg(metavar="[DIR]", help_behavior_hint="")] = None
+    """values.npz, weights and config.json, in the form that docs/verify.md describes."""
+    weights: Weights = None
+    """Weights of a transformer, in any form that convert.py import reads."""
+    out: OutputFile = None
+    """File (.npz) for our values under the same names."""
+    html: OutputFile = None
+    """Page with the table and, for each pass, the errors over the blocks or steps."""
+    profile: Literal["float32", "16bit"] = "float32"
+    """float32, or 16bit for values made in bfloat16; ours are then computed in bfloat16 too."""
+    devices: int = 1
+    """Number of devices over which the transformer is split."""
+    stream: Literal["auto", "yes", "no"] = "auto"
+    """Whether the transformer is read block by block; auto: if it has more than 200M parameters."""
+    runs: Annotated[tuple[Path, Path] | None, arg(metavar="RUN RUN", help_behavior_hint="(default: none)")] = None
+    """Two runs to compare: folders of runs, JSONL or CSV files with steps, weights."""
+    spread: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="(default: an error model)")] = None
+    """A third run that differs from the first in the order of its sums alone."""
 
 
 def main(arguments: list[str], prog: str) -> int:
     """Parses and verifies."""
-    return tyro.cli(verify, args=arguments, prog=prog, description=__doc__)
+    given = tyro.cli(Arguments, args=arguments, prog=prog, description=__doc__)
+    if (given.folder is None) == (given.runs is None):
+        raise ValueError("Name a folder of values to verify, or two runs to compare after --runs.")
+    from rich.console import Console
+
+    from refalign_jax.report.verification import check_page, write_comparison, write_verification
+
+    if given.html is not None:
+        check_page(given.html)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if given.runs is not None:
+        from refalign_jax.verify.runs import compare_runs
+
+        comparison = compare_runs(*given.runs, given.spread)
+        comparison.show(console)
+        if given.html is not None:
+            write_comparison(comparison, given.html)
+        return comparison.code
+    assert given.folder is not None
+    from refalign_jax.verify.dit import Options
+    from refalign_jax.verify.folder import verify
+
+    stream = {"auto": None, "yes": True, "no": False}[given.stream]
+    options = Options(weights=given.weights, devices=given.devices, stream=stream)
+    report = verify(given.folder, given.profile, options)
+    report.show(console)
+    if given.out is not None:
+        report.write(given.out)
+    if given.html is not None:
+        write_verification(report, given.html, f"Verification of {given.folder.resolve().name}")
+    return report.code
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import arg
 
 from refalign_jax.config.checks import check_range, check_values, expand_home
 from refalign_jax.config.data import DataConfig, SyntheticConfig
@@ -128,6 +130,8 @@ class TrainConfig:
         never.
       preview_every: Steps between previews sampled from the held-out examples; 0 for never.
       previews: Number of previews.
+      verify_dump: Steps whose inputs, losses and gradients are written to `folder`/verify, for another framework to
+        compute again; see docs/verify.md.
       profile_start: Steps from the start of this process to the start of the profile.
       profile_steps: Steps that are profiled; 0 for none.
       compilation_cache: Folder in which compiled programs are kept between runs; empty for none.
@@ -152,6 +156,7 @@ class TrainConfig:
     held_out_every: int = 0
     preview_every: int = 0
     previews: int = 2
+    verify_dump: Annotated[tuple[int, ...], arg(aliases=("--verify-dump",))] = ()
     profile_start: int = 10
     profile_steps: int = 0
     compilation_cache: str = ""
@@ -168,6 +173,10 @@ class TrainConfig:
         check_range(self, "max_skipped", "held_out_every", "preview_every", "profile_start", "profile_steps", least=0)
         check_range(self, "peak_tflops", "stalled_after_seconds", least=0)
         check_range(self, "seed", least=0, below=2**32)
+        if any(step < 1 for step in self.verify_dump):
+            raise ValueError(f"TrainConfig.verify_dump={self.verify_dump}: steps are counted from 1.")
+        if self.verify_dump and self.distributed:
+            raise ValueError("TrainConfig.verify_dump works in one process; leave out train.distributed.")
         if "://" in self.folder:
             raise ValueError(
                 f"TrainConfig.folder={self.folder!r} must be local, since its files are appended to; checkpoints alone "

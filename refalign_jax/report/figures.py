@@ -219,3 +219,34 @@ def _logarithmic(axes: Axes, values: np.ndarray) -> None:
 
 def _short(value: float) -> str:
     return f"{value:.3g}" if np.isfinite(value) else "none"
+
+
+def error_curves(
+    name: str, title: str, curves: Sequence[Curve], x_label: str, limit: tuple[str, np.ndarray, np.ndarray]
+) -> Chart:
+    """Errors on a logarithmic axis, and the limit that they must stay below.
+
+    Args:
+      name: file name of the chart, without the extension.
+      title: of the chart.
+      curves: lines; zeros are drawn at the smallest error that is shown.
+      x_label: of the horizontal axis.
+      limit: its label, positions and values.
+    """
+    least = 1e-9
+
+    def paint(axes: Axes, theme: Theme) -> None:
+        for number, curve in enumerate(curves):
+            colour, marker, _ = subject_sign(number)
+            axes.plot(
+                curve.x, np.fmax(curve.y, least), color=colour, linewidth=1.4, marker=marker, markersize=3,
+                label=curve.label,
+            )  # fmt: skip
+        axes.plot(limit[1], limit[2], "--", color=theme.ink, linewidth=1.1, label=limit[0])
+        axes.set_yscale("log")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel("relative error", color=theme.muted, size=8.5)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=8))
+
+    described = "; ".join(f"{c.label} up to {_short(float(np.nanmax(c.y)))}" for c in curves if len(c.y))
+    return _chart(name, title, f"{title}: {described}", paint, LINES)

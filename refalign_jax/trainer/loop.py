@@ -24,6 +24,7 @@ from refalign_jax.data.mixture import Source
 from refalign_jax.data.shards import clip_fps
 from refalign_jax.trainer import distributed, preflight
 from refalign_jax.trainer.distributed import HangGuard
+from refalign_jax.trainer.dump import write_dump
 from refalign_jax.trainer.held_out import held_out_batches, held_out_losses
 from refalign_jax.trainer.log import Log, Meter, NotFiniteError, Profiler, write_config
 from refalign_jax.trainer.preview import draw_preview, write_preview
@@ -98,6 +99,8 @@ def train_steps(state: TrainState, run: Run, log: Log, stop: threading.Event, gu
         for done in range(int(state.step) + 1, config.train.steps + 1):
             rows = next_rows(state, run, log)
             batch = as_batch(rows, mesh, config.model.alignment)
+            if done in config.train.verify_dump:
+                write_dump(state, batch, run, done)
             profiler.step(state.step)
             state, metrics = program(state, batch, run.empty_text)
 

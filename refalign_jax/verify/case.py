@@ -60,7 +60,7 @@ class Case:
           MissingError: the model is too large to be held.
         """
         if self.streamed:
-            raise MissingError("the model is read block by block, which does for forward passes; see --no-stream")
+            raise MissingError("the model is read block by block, which does for forward passes alone; see --stream")
         return self.place(jax.tree.map(lambda leaf: np.asarray(leaf[()], np.float32), self.leaves))
 
     def place(self, params: Params) -> Params:
@@ -164,10 +164,17 @@ class Case:
         return tuple(bound[indices] for bound in self.bounds)  # type: ignore[return-value]
 
     def moved_times(self, label: str, draw: int) -> Times:
-        """As `times`, moved where the folder does not have theirs; see `floors.moved_times`."""
-        if f"step{label}_timestep" in self.values.arrays:
-            return self.times(label)
-        return floors.moved_times(self.times(label), self.time_bounds(label), draw)
+        """As `times`, moved by the error of a float32 table where the folder does not have theirs; see floors.py."""
+        times = self.times(label)
+        if f"step{label}_timestep" not in self.values.arrays:
+            times = floors.moved_times(times, self.time_bounds(label), draw)
+        return times[0], floors.moved_time(times[1], draw, self.report.spacing), times[2]
+
+    def moved_inputs(self, inputs: tuple[jax.Array, jax.Array, Condition], draw: int) -> tuple[Any, jax.Array, Any]:
+        """Latents, times and condition of a forward pass, moved; the times by `floors.moved_time`."""
+        x, t, condition = inputs
+        x, condition = self.moved((x, condition), draw)
+        return x, floors.moved_time(t, draw, self.report.spacing), condition
 
     @functools.cached_property
     def bounds(self) -> flow.Schedule:
@@ -192,8 +199,5 @@ def select(params: Params, *without: str) -> Params:
 def read_layer(leaves: Params, layer: int) -> Params:
     """Reads one layer of stacked parameters, float32."""
     return unflatten(
-        {
-            path: np.asarray(leaf[(slice(layer, layer + 1),)][0], np.float32)
-            for path, leaf in flatten(leaves).items()
-        }
+        {path: np.asarray(leaf[(slice(layer, layer + 1),)][0], np.float32) for path, leaf in flatten(leaves).items()}
     )

@@ -153,9 +153,9 @@ def open_model(values: Values, weights: Path | None) -> Transformer:
       ValueError: there are none, several, or the number of heads is unknown.
     """
     found = next((path for name in WEIGHTS if (path := values.folder / name).exists()), values.folder)
-    heads = values.config.get("num_heads")
-    if heads is not None and (not isinstance(heads, int) or heads < 1):
-        raise ValueError(f"{values.config.place}: num_heads is {heads!r:.60}; it must be a positive whole number.")
+    heads = values.config.optional("num_heads", 0) or None
+    if heads is not None and heads < 1:
+        raise ValueError(f"{values.config.place}: num_heads is {heads}; it must be positive.")
     try:
         if weights is None and found == values.folder:
             open_weights(found)
@@ -167,8 +167,10 @@ def open_model(values: Values, weights: Path | None) -> Transformer:
     except ValueError as error:
         if "how many attention heads" not in str(error):
             raise
-        raise ValueError(f"{weights or found}: no file says how many attention heads; state num_heads in "
-                         f"{values.folder / 'config.json'}.") from error
+        raise ValueError(
+            f"{weights or found}: no file says how many attention heads; state num_heads in "
+            f"{values.folder / 'config.json'}."
+        ) from error
 
 
 def model_config(values: Values, opened: Transformer, compute_dtype: DType) -> tuple[ModelConfig, str]:
@@ -196,9 +198,14 @@ def _model_config(values: Values, opened: Transformer, compute_dtype: DType) -> 
         if stated != shown:
             raise ValueError(f"{config.place} states {entry}={config[entry]!r:.60}, but the weights show {shown}.")
     dit = dataclasses.replace(
-        dit, eps=config.get("eps", dit.eps), compute_dtype=compute_dtype, attention="xla", remat="none", offload=False
+        dit,
+        eps=config.optional("eps", dit.eps),
+        compute_dtype=compute_dtype,
+        attention="xla",
+        remat="none",
+        offload=False,
     )
-    arrays, aligned = values.arrays, int(config.get("align_blocks", 0))
+    arrays, aligned = values.arrays, config.optional("align_blocks", 0)
     expected = aligned > 0 or "vfm_features" in arrays
     if opened.has_projectors:
         loss = opened.config.alignment
@@ -209,12 +216,12 @@ def _model_config(values: Values, opened: Transformer, compute_dtype: DType) -> 
         lacking = [name for name in ("reference_latents", "vfm_features") if name not in arrays]
         missing = f"values.npz lacks {lacking[0]}" if lacking else ""
     else:
-        loss = AlignmentConfig(num_blocks=min(aligned or 9, dit.num_layers))
+        loss = AlignmentConfig(num_blocks=min(max(aligned, 0) or 9, dit.num_layers))
         missing = "the weights have no projectors (blocks.{i}.input_mlp)"
     lacks = missing if expected else ""
     weight = loss.weight if expected and not missing else 0.0
     alignment = dataclasses.replace(loss, weight=weight, stop_step=0)
-    flow = FlowConfig(shift=float(config.get("shift", opened.config.flow.shift)))
+    flow = FlowConfig(shift=config.optional("shift", opened.config.flow.shift))
     return ModelConfig(dit=dit, alignment=alignment, flow=flow), lacks
 
 

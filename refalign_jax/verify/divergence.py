@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from refalign_jax.verify.case import Case
-from refalign_jax.verify.floors import DRAWS, SAFETY, operation
+from refalign_jax.verify.floors import ALL_DRAWS, operation, spread
 from refalign_jax.verify.report import Curves, Row
 from refalign_jax.verify.streamed import OPERATIONS, Inputs, Walk
 
@@ -37,14 +37,14 @@ def check_operations(case: Case, name: str, inputs: Inputs, agrees: bool) -> Non
             )
         return
     ours = walk(case, inputs, 0, tuple(theirs))
-    moved: list[dict[str, np.ndarray]] = []
+    moved: dict[int, dict[str, np.ndarray]] = {0: ours}
     limits: dict[str, float] = {}
     for op, values in theirs.items():
 
         def floor(op: str = op) -> float:
-            if not moved:
-                moved.extend(walk(case, case.moved(inputs, draw), draw, tuple(theirs)) for draw in DRAWS)
-            return SAFETY * max(float(np.linalg.norm(np.float64(x[op]) - ours[op])) for x in moved)
+            for draw in ALL_DRAWS if len(moved) == 1 else ():
+                moved[draw] = walk(case, case.moved_inputs(inputs, draw), draw, tuple(theirs))
+            return spread(moved.__getitem__, op)
 
         row = case.report.compare(f"{name}_{FILES[op]}", ours[op], values, "forward", floor)
         limits[op] = row.tolerance + row.floor

@@ -48,7 +48,7 @@ class Case:
     compute_dtype: DType
     report: Report
 
-    def compare(self, name: str, ours: jax.Array, kind: Kind = "forward") -> None:
+    def compare(self, name: str, ours: jax.Array, kind: Kind = "encode") -> None:
         """Compares a value, if the folder has it; videos in PyTorch layout."""
         if name in self.values.arrays:
             theirs, mine = self.values.arrays[name], ours.astype(jnp.float32)

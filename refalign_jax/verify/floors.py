@@ -1,11 +1,12 @@
 """Noise floors: how far two correct float32 computations of one value can be apart.
 
 A float32 result is the exact result of inputs that differ from the given ones by a few roundings (Wilkinson's backward
-error), so what a value does when its inputs are rounded differently bounds how well anyone can know it. Three models:
+error), so what a value does when its inputs are rounded differently bounds how well anyone can know it. Four models:
 
-    moved inputs   parameters, inputs and times moved by at most one rounding, at random, three times; SAFETY times the
+    moved inputs   parameters and inputs moved by one spacing or not at all, at random, three times; SAFETY times the
                    largest change of the value
-    cancellation   a gradient that is zero in exact arithmetic: SAFETY roundings of the largest gradient of its operation
+    angles         t moved by one spacing: a float32 angle t·frequency is not known better
+    cancellation   a gradient that is zero in exact arithmetic: SAFETY roundings of its operation's largest gradient
     tables         the training schedule in float32, rounding by rounding, for each entry
 
 AdamW divides a gradient by its own size, so an element whose gradient is hardly above its floor moves by any amount up
@@ -36,19 +37,24 @@ SAFETY = 10.0
 DRAWS = (1, 2, 3)
 """Numbers of the computations with moved inputs; 0 is the computation as it is."""
 
+ANGLES = -1
+"""Number of the computation with moved t."""
+
+ALL_DRAWS = (*DRAWS, ANGLES)
+
 Compute = Callable[[int], Mapping[str, Any]]
 """Maps a draw to values by name, moved where the draw is not 0."""
 
 
 def moved(tree: Any, draw: int, spacing: float) -> Any:
-    """Moves every float of a tree up or down by one spacing, or not at all, at random; draw 0 returns the tree.
+    """Moves every float of a tree up or down by one spacing, or not at all, at random.
 
     Args:
       tree: arrays; those of whole numbers stay.
-      draw: number of the computation.
+      draw: number of the computation; 0 and `ANGLES` move nothing.
       spacing: relative distance of neighbouring numbers, 2^-23 in float32.
     """
-    return _moved(tree, jax.random.key(draw), spacing) if draw else tree
+    return _moved(tree, jax.random.key(draw), spacing) if draw in DRAWS else tree
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -65,9 +71,10 @@ def _moved(tree: Any, key: Array, spacing: float) -> Any:
 
 
 def spread(compute: Compute, name: str) -> float:
-    """The floor by moved inputs of the norm of one value."""
+    """The floor of the norm of one value, by moved inputs and by angles."""
     ours = np.asarray(compute(0)[name], np.float64)
-    return SAFETY * max(float(np.linalg.norm(np.asarray(compute(draw)[name], np.float64) - ours)) for draw in DRAWS)
+    changes = {draw: float(np.linalg.norm(np.asarray(compute(draw)[name], np.float64) - ours)) for draw in ALL_DRAWS}
+    return SAFETY * max(changes[draw] for draw in DRAWS) + changes[ANGLES]
 
 
 def table_bounds(num_steps: int, shift: float) -> Schedule:
@@ -90,8 +97,8 @@ def table_bounds(num_steps: int, shift: float) -> Schedule:
 
 
 def moved_times(times: Times, bounds: Times, draw: int) -> Times:
-    """σ and t of each sample moved up or down by the error of a float32 table; draw 0 returns them, w stays."""
-    if not draw:
+    """σ and t of each sample moved up or down by the error of a float32 table, where the draw moves inputs; w stays."""
+    if draw not in DRAWS:
         return times
     signs = np.random.default_rng(draw).choice((-1.0, 1.0), size=(2, len(times[0])))
     sigma, t = (
@@ -100,8 +107,13 @@ def moved_times(times: Times, bounds: Times, draw: int) -> Times:
     return sigma, jnp.clip(t, 0, 1000), times[2]
 
 
+def moved_time(t: Array, draw: int, spacing: float) -> Array:
+    """T moved by one spacing, where the draw is `ANGLES`."""
+    return jnp.asarray(t * (1 - spacing), jnp.float32) if draw == ANGLES else t
+
+
 def operation(name: str) -> str:
-    """The operation to which a tensor belongs, by its published name: `blocks.3.attention`, `head`, …"""
+    """The operation to which a tensor belongs, by its published name: `blocks.3.attention`, `head` and so on."""
     match = re.match(r"blocks\.(\d+)\.(\w+)", name)
     if match is None:
         return "head" if name.startswith(("head", "proj_out", "scale_shift_table")) else "embedding"
@@ -138,7 +150,7 @@ def adamw_floor(
 
     Args:
       gradients: of the tensor, one for each step.
-      noise: δ, root mean square over the tensor.
+      noise: δ, root mean square over the tensor; three times what was measured.
       weights: of the tensor, before the steps.
       learning_rate: η.
       eps: ε.

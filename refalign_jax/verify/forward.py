@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from refalign_jax import alignment, flow, objective
 from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig, SamplingConfig
 from refalign_jax.models import dit
 from refalign_jax.models.condition import Condition
-from refalign_jax.objective import Batch, Terms, Times
+from refalign_jax.objective import PUBLISHED_TERMS, Batch, Times
 from refalign_jax.sampling import sample
 from refalign_jax.types import Params
 from refalign_jax.verify import streamed
@@ -23,21 +22,10 @@ from refalign_jax.verify.divergence import check_operations
 from refalign_jax.verify.floors import Compute, spread, table_bounds
 from refalign_jax.verify.progress import attempt
 from refalign_jax.verify.report import Floor
-from refalign_jax.verify.values import MissingError, channels_second
-
-SCALARS: Mapping[str, Callable[[Terms], jax.Array]] = {
-    "mse": lambda terms: terms.flow,
-    "weight": lambda terms: terms.weight,
-    "gate": lambda terms: terms.gate,
-    "ra_total(pos+neg)": lambda terms: terms.alignment,
-    "ra_pos": lambda terms: terms.pull,
-    "ra_neg": lambda terms: terms.push,
-    "loss": lambda terms: terms.loss,
-}
-"""Names that `scalars` of config.json may hold."""
+from refalign_jax.verify.values import Entries, MissingError, channels_second
 
 WITHOUT_ALIGNMENT = ("mse", "weight", "gate")
-"""Those of them that need no alignment loss."""
+"""Scalars that need no alignment loss."""
 
 
 def check_velocity(case: Case, name: str, t: str, count: str) -> None:
@@ -53,7 +41,7 @@ def check_velocity(case: Case, name: str, t: str, count: str) -> None:
 
     @functools.cache
     def compute(draw: int) -> dict[str, Any]:
-        return {name: channels_second(predict(case, case.moved(inputs, draw), draw))}
+        return {name: channels_second(predict(case, case.moved_inputs(inputs, draw), draw))}
 
     agrees = True
     if name in case.values.arrays:
@@ -129,7 +117,8 @@ def check_features(case: Case, label: str, part: str) -> None:
     def compute(draw: int) -> dict[str, Any]:
         sigma, t, _ = case.moved_times(label, draw)
         noisy, _ = flow.corrupt(case.batch.video_latents, case.noise, sigma)
-        inputs = case.moved((noisy, t, case.condition), draw)
+        noisy, condition = case.moved((noisy, case.condition), draw)
+        inputs = noisy, t, condition
         if case.streamed:
             walk, count = streamed.Walk(case, inputs, draw), len(theirs)
             tokens = [np.asarray(found["block"]) for i, _, found in walk.blocks() if i < count]
@@ -150,14 +139,14 @@ def check_scalars(case: Case, label: str, part: str, compute: Compute) -> None:
       ValueError: config.json names a term that is unknown, or not as many as there are.
     """
     name = f"step{label}_{part}"
-    theirs, labels = case.values.arrays[name], list(case.values.config.get("scalars", []))
+    theirs, labels = case.values.arrays[name], case.values.config.optional("scalars", [])
     if not labels:
         raise MissingError("config.json lacks scalars, the names of what it holds")
-    unknown = [label for label in labels if label not in SCALARS]
+    unknown = [label for label in labels if not isinstance(label, str) or label not in PUBLISHED_TERMS]
     if unknown or theirs.shape != (len(labels),):
         raise ValueError(
             f"{name} has the shape {list(theirs.shape)}, config.json names the scalars {labels}; known are "
-            f"{', '.join(SCALARS)}."
+            f"{', '.join(PUBLISHED_TERMS)}."
         )
     kept = [i for i, label in enumerate(labels) if label in WITHOUT_ALIGNMENT or not case.lacking]
     chosen = [labels[i] for i in kept]
@@ -182,7 +171,7 @@ def step_values(case: Case, label: str) -> Compute:
             params = case.moved(case.params, draw)
             with case.on_mesh():
                 terms, predicted = loss_terms(params, batch, noise, times, config=case.config)
-        means = {name: float(jnp.mean(scalar(terms))) for name, scalar in SCALARS.items()}
+        means = {name: float(jnp.mean(getattr(terms, field))) for name, field in PUBLISHED_TERMS.items()}
         return {"velocity": channels_second(predicted), **means}
 
     return compute
@@ -223,12 +212,12 @@ def check_sample(case: Case) -> None:
       MissingError: an input is missing.
     """
     values, arrays = case.values, case.values.arrays
-    guidance = values.config.get("guidance", {})
+    guidance = Entries(values.config.optional("guidance", {}), f"{values.config.place}: guidance")
     config = SamplingConfig(
-        num_steps=int(values.config.get("sample_steps", len(arrays.get("sample_sigmas", range(50))))),
+        num_steps=values.config.optional("sample_steps", len(arrays.get("sample_sigmas", range(50)))),
         shift=case.config.flow.shift,
-        reference_guidance=guidance.get("reference", 5.0),
-        text_guidance=guidance.get("text", 7.5),
+        reference_guidance=guidance.optional("reference", 5.0),
+        text_guidance=guidance.optional("text", 7.5),
     )
     table, bounds = (make(config.num_steps, config.shift) for make in (flow.schedule, table_bounds))
     for part in ("sigmas", "timesteps"):

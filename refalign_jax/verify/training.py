@@ -21,7 +21,7 @@ from refalign_jax.trainer import optimizer
 from refalign_jax.types import Params
 from refalign_jax.verify.case import Case
 from refalign_jax.verify.divergence import gradient_curves
-from refalign_jax.verify.floors import Compute, adamw_floor, cancellation_floors, spread
+from refalign_jax.verify.floors import SAFETY, Compute, adamw_floor, cancellation_floors, spread
 from refalign_jax.verify.report import Floor, Row
 
 ADAMW = OptimizerConfig(learning_rate=5e-5, clip=0.0)
@@ -87,7 +87,7 @@ def check_adamw(case: Case, path: Path) -> None:
     """
     case.need_alignment()
     steps = int(_label(path, r"weights_after_(\d+)_adamw", "weights_after_<steps>_adamw.safetensors"))
-    label = str(int(case.values.config.get("adamw_id", 300)))
+    label = str(case.values.config.optional("adamw_id", 300))
     names = _names(path)
     losses, gradients, after = adamw_steps(case, label, steps, draw=0)
     if "adamw_losses" in case.values.arrays:
@@ -101,7 +101,7 @@ def check_adamw(case: Case, path: Path) -> None:
             published.extend(dict(to_published(case.table(names), g)) for g in gradients)
             noise.update(gradient_floors(case, label, gradient_values(case, label, names)))
         series = [step[name] for step in published]
-        delta = noise[name] / max(np.sqrt(before[name].size), 1)
+        delta = 3 / SAFETY * noise[name] / max(np.sqrt(before[name].size), 1)
         return adamw_floor(series, float(delta), before[name], ADAMW.learning_rate, ADAMW.eps)
 
     for name, theirs in _theirs(case, path, ours):

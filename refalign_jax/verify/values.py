@@ -35,6 +35,18 @@ class Entries(dict[str, Any]):
         """Raises ValueError, naming the entry."""
         raise ValueError(f"{self.place} lacks {name!r}; docs/verify.md lists its entries.")
 
+    def optional(self, name: str, default: Any) -> Any:
+        """Returns an entry of the type of `default`, or `default` where there is none; whole numbers pass for floats.
+
+        Raises:
+          ValueError: the entry is of another type.
+        """
+        value = self.get(name, default)
+        kinds = (int, float) if isinstance(default, float) else type(default)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ValueError(f"{self.place}: {name} is {value!r:.60}; it must be a {type(default).__name__}.")
+        return value
+
 
 @dataclasses.dataclass(frozen=True)
 class Values:

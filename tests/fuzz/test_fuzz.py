@@ -40,7 +40,7 @@ from refalign_jax.models.umt5 import load_tokenizer
 from refalign_jax.report import sections
 from refalign_jax.report.run import read_run
 from refalign_jax.trainer.log import read_metrics, write_config
-from refalign_jax.verify.dit import model_config
+from refalign_jax.verify.dit import model_config, open_model
 from refalign_jax.verify.values import open_values
 
 CASES = 200
@@ -63,6 +63,11 @@ def read_shards(folder):
     source = ShardSource(folder / "data")
     for index in range(len(source)):
         source[index]
+
+
+def model_of(folder):
+    values = open_values(folder)
+    model_config(values, open_model(values, folder.parent / "w.safetensors"), "float32")
 
 
 def write_run(folder):
@@ -170,7 +175,7 @@ KINDS = {
     "manifest, its examples read": ("data/manifest.json", read_shards),
     "shard": ("data/examples-00001.array_record", read_shards),
     "example": ("example", lambda folder: decode((folder / "example").read_bytes())),
-    "config of values": ("values/config.json", lambda folder: model_config(open_values(folder / "values"), "float32")),
+    "config of values": ("values/config.json", lambda folder: model_of(folder / "values")),
     "values": ("values/values.npz", lambda folder: open_values(folder / "values")),
     "report of a compilation": (
         "report.json",

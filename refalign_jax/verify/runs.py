@@ -1,0 +1,267 @@
+"""Compares two training runs step by step: their metrics, and the norms of their weights layer by layer.
+
+Two correct runs drift apart, since they round differently and training amplifies what they round: a step differs at
+the first by the rounding of a loss, and each step adds to it. How much that is can be measured, by a third run that
+differs in the order of its sums alone (such as another `optimizer.accumulation`, or another mesh); its distance from
+the first run, times `floors.SAFETY`, is then the bound. Without a third run the bound is `MODEL` times the number of
+steps.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from refalign_jax.convert.checkpoint import open_params
+from refalign_jax.convert.dit import model_table
+from refalign_jax.convert.infer import open_transformer
+from refalign_jax.convert.table import stored
+from refalign_jax.data.json_lines import read_lines
+from refalign_jax.initial import model_shapes
+from refalign_jax.trees import flatten
+from refalign_jax.verify.case import select
+from refalign_jax.verify.floors import SAFETY
+
+MODEL = 1e-5
+"""Relative difference that each step may add, where no third run measures it: the tolerance of a loss in float32."""
+
+TIMES = ("seconds", "per_second", "data_wait", "mfu")
+"""Metrics that depend on the machine, by how their names end."""
+
+Weights = Callable[[], Iterator[tuple[str, np.ndarray]]]
+"""Reads the tensors of a checkpoint one at a time, with our names; `/3` at the end is layer 3 of a stack."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's records.
+
+    Attributes:
+      name: where it is from.
+      metrics: for each metric, its value by step.
+      weights: for each step that has a checkpoint, its reader.
+    """
+
+    name: str
+    metrics: Mapping[str, Mapping[int, float]]
+    weights: Mapping[int, Weights]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drift:
+    """How far two runs are apart in one quantity.
+
+    Attributes:
+      name: a metric, `weights of step 100`.
+      labels: steps, or names of tensors.
+      differences: relative, one for each label.
+      bounds: what rounding explains, one for each label.
+    """
+
+    name: str
+    labels: list[Any]
+    differences: np.ndarray
+    bounds: np.ndarray
+
+    @property
+    def first(self) -> Any:
+        """The first label whose difference is beyond its bound; None where there is none."""
+        beyond = np.flatnonzero(~(self.differences <= self.bounds))
+        return self.labels[beyond[0]] if len(beyond) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two runs compared.
+
+    Attributes:
+      names: of the runs.
+      drifts: what was compared.
+      bound: how the bounds were made, in a sentence.
+    """
+
+    names: tuple[str, str]
+    drifts: list[Drift]
+    bound: str
+
+    @property
+    def code(self) -> int:
+        """The command's exit code: 1 where a quantity is beyond its bound."""
+        return int(any(drift.first is not None for drift in self.drifts))
+
+    @property
+    def summary(self) -> str:
+        """The outcome in a sentence."""
+        far = [drift for drift in self.drifts if drift.first is not None]
+        if not far:
+            return f"{len(self.drifts)} quantities compared; rounding explains every difference."
+        metrics = [drift for drift in far if isinstance(drift.first, int)]
+        first = min(metrics, key=lambda drift: drift.first, default=far[0])
+        step = f"step {first.first}" if metrics else str(first.first)
+        return f"{len(far)} of {len(self.drifts)} quantities are beyond rounding, {first.name} first, at {step}."
+
+    def show(self, console: Console) -> None:
+        """Prints a table of the quantities, and the outcome."""
+        table = Table("quantity", "compared", "largest difference", "bound there", "first beyond its bound", box=None)
+        for drift in self.drifts:
+            worst = int(np.nanargmax(np.append(drift.differences / np.maximum(drift.bounds, 1e-300), -1)[:-1]))
+            first = "[green]none[/]" if drift.first is None else f"[red]{drift.first}[/]"
+            numbers = (f"{drift.differences[worst]:.1e}", f"{drift.bounds[worst]:.1e}")
+            table.add_row(drift.name, str(len(drift.labels)), *numbers, first)
+        console.print(table)
+        console.print(self.bound, self.summary, sep="\n", markup=False)
+
+
+def compare_runs(first: Path, second: Path, spread: Path | None = None) -> Comparison:
+    """Compares two runs at the steps that both have.
+
+    Args:
+      first: a run's folder, metrics as JSONL or CSV with a column `step`, a weight file, or a folder of weight files
+        whose names hold the step.
+      second: the same.
+      spread: a third run, which differs from the first in the order of its sums alone.
+
+    Raises:
+      ValueError: one of them is none of these, or they have no step and no metric in common.
+    """
+    a, b = read_run(first), read_run(second)
+    c = read_run(spread) if spread else None
+    drifts = [
+        _metric(name, a.metrics[name], b.metrics[name], c.metrics.get(name) if c else None)
+        for name in a.metrics
+        if name in b.metrics and not name.endswith(TIMES) and a.metrics[name].keys() & b.metrics[name].keys()
+    ]
+    for step in sorted(a.weights.keys() & b.weights.keys()):
+        drifts += _weights(step, a.weights[step], b.weights[step], c.weights.get(step) if c else None)
+    if not drifts:
+        raise ValueError(f"{a.name} and {b.name} have no step with a metric or a checkpoint in common.")
+    bound = f"Without a third run, the bound is {MODEL:g} times the number of steps."
+    if c:
+        bound = f"The bound is {SAFETY:g} times the distance between {a.name} and {c.name}."
+    return Comparison((a.name, b.name), drifts, bound)
+
+
+def read_run(path: Path) -> Run:
+    """Reads a run's metrics, and finds its checkpoints; arguments and errors as in `compare_runs`."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist.")
+    metrics: dict[str, dict[int, float]] = {}
+    weights: dict[int, Weights] = {}
+    if path.is_file():
+        if path.suffix in (".safetensors", ".pth", ".pt", ".bin"):
+            weights[0] = functools.partial(read_published, path)
+        else:
+            metrics = read_metrics(path)
+    else:
+        for name in ("metrics.jsonl", "metrics.csv"):
+            if not metrics and (path / name).is_file():
+                metrics = read_metrics(path / name)
+        for child in sorted((path / "checkpoints").glob("[0-9]*")):
+            if child.name.isdigit():
+                weights[int(child.name)] = functools.partial(read_checkpoint, child)
+        for child in sorted(path.glob("*.safetensors")):
+            if numbers := re.findall(r"\d+", child.stem):
+                weights[int(numbers[-1])] = functools.partial(read_published, child)
+    if not metrics and not weights:
+        raise ValueError(
+            f"{path} is no run: expected metrics.jsonl, metrics.csv or checkpoints in a folder, a .jsonl or .csv file "
+            "with steps, or weights."
+        )
+    return Run(str(path), metrics, weights)
+
+
+def read_metrics(path: Path) -> dict[str, dict[int, float]]:
+    """Reads metrics by name and step, from JSONL or CSV; what is not a number is left out.
+
+    Raises:
+      ValueError: it can't be read, or has no `step`.
+    """
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            records: list[Any] = list(csv.DictReader(file))
+    else:
+        records = [value for _, value in read_lines(path) if isinstance(value, dict)]
+    found: dict[str, dict[int, float]] = {}
+    for record in records:
+        step = _number(record.get("step"))
+        if step is None:
+            continue
+        for name, value in record.items():
+            number = _number(value)
+            if name != "step" and number is not None:
+                found.setdefault(str(name), {})[int(step)] = number
+    if not found:
+        raise ValueError(f"{path} holds no metrics: every record needs a number called step, and others beside it.")
+    return found
+
+
+def read_checkpoint(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads the parameters of a checkpoint of ours, layer by layer."""
+    params, _ = open_params(path)
+    for name, leaf in flatten(params).items():
+        stacked = "/blocks/" in name or name.startswith("projectors/")
+        for i in range(leaf.shape[0] if stacked else 1):
+            yield (f"{name}/{i}", np.asarray(leaf[i])) if stacked else (name, np.asarray(leaf))
+
+
+def read_published(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads published weights under our names, layer by layer."""
+    opened = open_transformer(path)
+    shapes = model_shapes(opened.config)
+    if not opened.has_projectors:
+        shapes = select(shapes, "projectors")
+    table = model_table(opened.config.dit, opened.config.alignment if opened.has_projectors else None, opened.names)
+    for name, leaf in flatten(stored(table, shapes, opened.tensors)).items():
+        stacked = leaf.entry.stack
+        for i in range(stacked or 1):
+            yield (f"{name}/{i}", leaf[(slice(i, i + 1),)][0]) if stacked else (name, leaf[()])
+
+
+def _number(value: object) -> float | None:
+    """A number, or text that is one; None for all else, and for what is not finite."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _metric(name: str, a: Mapping[int, float], b: Mapping[int, float], c: Mapping[int, float] | None) -> Drift:
+    """The relative difference of a metric at each step that both have, and the bound."""
+    steps = sorted(a.keys() & b.keys())
+
+    def apart(other: Mapping[int, float]) -> np.ndarray:
+        pairs = [(a[s], other.get(s, math.nan)) for s in steps]
+        return np.array([abs(x - y) / (max(abs(x), abs(y)) or 1.0) for x, y in pairs])
+
+    bounds = MODEL * (np.array(steps, float) - steps[0] + 1)
+    if c is not None:
+        measured = np.fmax.accumulate(np.nan_to_num(apart(c)))
+        bounds = SAFETY * np.maximum(measured, 2.0**-23)
+    return Drift(name, steps, apart(b), bounds)
+
+
+def _weights(step: int, a: Weights, b: Weights, c: Weights | None) -> list[Drift]:
+    """The distance of each layer's weights, relative to their norm."""
+    names, differences, bounds = [], [], []
+    others = dict(b())
+    third = dict(c()) if c else {}
+    for name, x in a():
+        if name not in others or others[name].shape != x.shape:
+            continue
+        norm = float(np.linalg.norm(np.float64(x))) or 1.0
+        names.append(name)
+        differences.append(float(np.linalg.norm(np.float64(x) - np.float64(others.pop(name)))) / norm)
+        measured = float(np.linalg.norm(np.float64(x) - np.float64(third[name]))) / norm if name in third else 0.0
+        bounds.append(SAFETY * max(measured, 2.0**-23) if third else MODEL * max(step, 1))
+    return [Drift(f"weights of step {step}", names, np.array(differences), np.array(bounds))] if names else []
