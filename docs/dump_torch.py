@@ -71,8 +71,10 @@ if __name__ == "__main__":
     out.mkdir(parents=True, exist_ok=True)
     random = kind in RANDOM
     model = WanTransformer3DModel(**RANDOM[kind]) if random else WanTransformer3DModel.from_pretrained(kind)
-    model = model.bfloat16().float().eval()  # so that the weights can be saved in half the size
+    model = model.float().eval()
     if random:
+        for parameter in model.parameters():  # so that they can be saved in half the size; buffers are the rotary table
+            parameter.data = parameter.data.bfloat16().float()
         save_file({n: x.bfloat16().contiguous() for n, x in model.state_dict().items()}, out / "weights.safetensors")
     width = model.config.text_dim
     dump(model, out, lambda x, t, text, _: model(x, t, text, return_dict=False)[0], text_width=width)

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from refalign_jax import flow
+from refalign_jax.alignment import SubjectPatches
 from refalign_jax.config import ModelConfig
 from refalign_jax.convert.dit import Names, model_table
 from refalign_jax.convert.table import Entry
@@ -95,7 +96,9 @@ class Case:
         if "vfm_features" in values.arrays:
             targets = values.channels_last("vfm_features")  # [B, R, h, w, E]
             targets = targets.reshape(B, R, -1, targets.shape[-1])
-        given = values.arrays
+        given, patches = values.arrays, None
+        if "subject_mask" in given:
+            patches = SubjectPatches(jnp.asarray(given["subject_mask"], bool), given.get("target_mean"))
         return Batch(
             video_latents=latents,
             text=text,
@@ -104,6 +107,7 @@ class Case:
             subject_ids=jnp.asarray(given.get("subject_ids", np.tile(np.arange(R), (B, 1))), jnp.int32),
             vfm_features=targets,
             aligned=jnp.asarray(given["aligned"], bool) if "aligned" in given else all_aligned(B),
+            patches=patches,
         )
 
     @property

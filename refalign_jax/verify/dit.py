@@ -33,7 +33,7 @@ from refalign_jax.verify.values import Values
 
 INPUTS = re.compile(
     r"video_latents|noise|text|negative_text|reference_latents|vfm_features|sample_noise|ra\d+_(student|teacher)"
-    r"|index|num_references|subject_ids|aligned"
+    r"|index|num_references|subject_ids|aligned|subject_mask|target_mean"
 )
 """Names in values.npz that others are computed from."""
 

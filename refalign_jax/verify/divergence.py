@@ -10,15 +10,19 @@ from refalign_jax.verify.case import Case
 from refalign_jax.verify.floors import ALL_DRAWS, operation, spread
 from refalign_jax.verify.report import Curves, Row
 from refalign_jax.verify.streamed import OPERATIONS, Inputs, Walk
+from refalign_jax.verify.values import channels_second
 
 FILES = {**{name: name for name in OPERATIONS}, "block": "blocks"}
 """The operations of a block in their order, and how the folder's arrays of their values end."""
+
+Walked = Mapping[str, np.ndarray]
+"""What `walk` returns."""
 
 BACKWARD = ("projector", "ffn", "cross_attention", "attention", "modulation")
 """The parts of a block in the order in which gradients reach their parameters."""
 
 
-def check_operations(case: Case, name: str, inputs: Inputs, agrees: bool) -> None:
+def check_operations(case: Case, name: str, inputs: Inputs, agrees: bool, ours: Walked | None = None) -> None:
     """Compares what the folder has of the operations of every block, and finds the first that diverges.
 
     Args:
@@ -26,9 +30,10 @@ def check_operations(case: Case, name: str, inputs: Inputs, agrees: bool) -> Non
       name: of the forward pass.
       inputs: of the pass.
       agrees: whether the velocity is within tolerance.
+      ours: what `walk` returned for it, if that is at hand.
     """
     arrays = case.values.arrays
-    theirs = {op: arrays[f"{name}_{end}"] for op, end in FILES.items() if f"{name}_{end}" in arrays}
+    theirs = {op: arrays[f"{name}_{FILES[op]}"] for op in offered(case, name)}
     if not theirs:
         if not agrees:
             case.report.remarks.append(
@@ -36,8 +41,8 @@ def check_operations(case: Case, name: str, inputs: Inputs, agrees: bool) -> Non
                 f"{name}_attention, {name}_cross_attention, {name}_ffn [layers, B, tokens, D] (docs/verify.md)."
             )
         return
-    ours = walk(case, inputs, 0, tuple(theirs))
-    moved: dict[int, dict[str, np.ndarray]] = {0: ours}
+    ours = ours or walk(case, inputs, 0, tuple(theirs))
+    moved: dict[int, Walked] = {0: ours}
     limits: dict[str, float] = {}
     for op, values in theirs.items():
 
@@ -53,13 +58,19 @@ def check_operations(case: Case, name: str, inputs: Inputs, agrees: bool) -> Non
     case.report.curves.append(Curves(name, errors, max(limits.values()), first))
 
 
-def walk(case: Case, inputs: Inputs, draw: int, operations: Sequence[str]) -> dict[str, np.ndarray]:
-    """The values of some operations of every block, [layers, B, tokens, D]."""
+def offered(case: Case, name: str) -> tuple[str, ...]:
+    """The operations of which the folder has values for a forward pass."""
+    return tuple(op for op, end in FILES.items() if f"{name}_{end}" in case.values.arrays)
+
+
+def walk(case: Case, inputs: Inputs, draw: int, operations: Sequence[str]) -> Walked:
+    """The values of some operations of every block, [layers, B, tokens, D], and the `velocity`, channels second."""
     found: dict[str, list[np.ndarray]] = {op: [] for op in operations}
-    for _, _, values in Walk(case, inputs, draw).blocks():
+    walking = Walk(case, inputs, draw)
+    for _, _, values in walking.blocks():
         for op in operations:
             found[op].append(np.asarray(values[op]))
-    return {op: np.stack(layers) for op, layers in found.items()}
+    return {"velocity": channels_second(walking.velocity()), **{op: np.stack(layers) for op, layers in found.items()}}
 
 
 def first_forward(errors: Mapping[str, Sequence[float]], limits: Mapping[str, float]) -> str:

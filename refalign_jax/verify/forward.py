@@ -18,7 +18,7 @@ from refalign_jax.sampling import sample
 from refalign_jax.types import Params
 from refalign_jax.verify import streamed
 from refalign_jax.verify.case import Case
-from refalign_jax.verify.divergence import check_operations
+from refalign_jax.verify.divergence import check_operations, offered, walk
 from refalign_jax.verify.floors import Compute, spread, table_bounds
 from refalign_jax.verify.progress import attempt
 from refalign_jax.verify.report import Floor
@@ -39,15 +39,20 @@ def check_velocity(case: Case, name: str, t: str, count: str) -> None:
         references = references[:, : int(count)]
     inputs = x, jnp.full(x.shape[:1], float(t), jnp.float32), Condition(text, references)
 
+    operations = offered(case, name)
+    walked = walk(case, inputs, 0, operations) if case.streamed and operations else None
+
     @functools.cache
     def compute(draw: int) -> dict[str, Any]:
+        if walked and not draw:
+            return {name: walked["velocity"]}
         return {name: channels_second(predict(case, case.moved_inputs(inputs, draw), draw))}
 
     agrees = True
     if name in case.values.arrays:
         theirs = case.values.arrays[name]
         agrees = case.report.compare(name, compute(0)[name], theirs, "forward", lambda: spread(compute, name)).passed
-    check_operations(case, name, inputs, agrees)
+    check_operations(case, name, inputs, agrees, walked)
 
 
 def check_schedule(case: Case, what: str) -> None:

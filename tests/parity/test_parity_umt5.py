@@ -60,3 +60,52 @@ def test_prompts_are_cleaned_as_with_ftfy(prompt):
     ftfy = pytest.importorskip("ftfy")
     published = re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
     assert clean_prompt(prompt) == published
+
+
+ODD = [
+    "A dog  runs.\n It\u2019s fast",
+    "\u201cvery\u201d \u2018fast\u2019",
+    "&amp; &lt;b&gt;",
+    "&amp;amp; twice &amp;lt;",
+    "caf\u00e9 and cafe\u0301",
+    "\u732b\u304c\u8d70\u308b",
+    "\uff21\uff22\uff23 full width \uff11\uff12",
+    "\ufb01ne \ufb02ow \ufb00",
+    "no\u00a0break\u2003em\u3000ideographic",
+    "tab\tand\r\nlines\r",
+    "dots\u2026 and dashes \u2013 \u2014",
+    "\U0001f436 dog \U0001f468\u200d\U0001f469",
+    "\u00bd cup, 5\u00b0, \u00b2",
+    "\u00fcber stra\u00dfe",
+    "\u0410 cat \u0438 dog",
+    "\u0645\u0631\u062d\u0628\u0627",
+    "1 < 2 > 0 & 3",
+    "&quot;quoted&quot; &#39;too&#39;",
+    "\u2122 \u00ae \u00a9",
+    "\u2460 \u2161 \u33a1",
+    " \n ",
+    "a/b\\c {d} [e] <f>",
+]
+"""Prompts with what ftfy, HTML and NFKC change."""
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A small tokenizer with the normalisation of UMT5's, NFKC."""
+    import sentencepiece
+
+    text, prefix = tmp_path_factory.mktemp("pieces") / "text.txt", tmp_path_factory.mktemp("pieces") / "pieces"
+    text.write_text("\n".join([*ODD, *(chr(i) + chr(i + 1) for i in range(33, 500))] * 3), encoding="utf-8")
+    settings = {"vocab_size": 700, "character_coverage": 1.0, "byte_fallback": True, "hard_vocab_limit": False}
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(prefix), normalization_rule_name="nmt_nfkc", minloglevel=2, **settings
+    )
+    return sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+
+
+@pytest.mark.parametrize("number", range(len(ODD)))
+def test_odd_prompts_have_the_ids_of_wans_cleaning(pieces, number):
+    ftfy = pytest.importorskip("ftfy")
+    prompt = ODD[number]
+    published = re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
+    assert pieces.encode(clean_prompt(prompt)) == pieces.encode(published)

@@ -126,8 +126,13 @@ MUTATIONS = {
     "push margin": ("alignment.py", "config.push_margin - 1 + cosine", "config.push_margin - 1.1 + cosine", RA),
     "push of everything": ("alignment.py", "jax.nn.relu(config.push_margin - 1 + cosine)", "(cosine)", RA),
     "subjects push themselves": ("alignment.py", "(subject_ids[:, :, None] != subj", "(-1 != subj", RA),
-    "mean over tokens once": ("alignment.py", "total / (P * P *", "total / (P *", RA),
-    "sum over tokens": ("alignment.py", "axis=(1, 2)) / (P * jnp", "axis=(1, 2)) / (jnp", RA),
+    "mean over tokens once": ("alignment.py", "total / jnp.maximum(pairs, 1)", "total / jnp.sqrt(pairs)", RA),
+    "sum over tokens": (
+        "alignment.py",
+        "jnp.sum(distances, axis=(1, 2)) / jnp",
+        "jnp.sum(distances, axis=(1, 2)) / 2 / jnp",
+        RA,
+    ),
     "features not normalised": ("alignment.py", "(_unit(jnp.where(shown", "((jnp.where(shown", RA),
     "push subtracted": ("alignment.py", "+ config.push_weight * push", "- config.push_weight * push", RA),
     "student and teacher swapped in the push": (
