@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 RANDOM = {
-    "tiny": dict(num_attention_heads=2, attention_head_dim=12, text_dim=16, freq_dim=16, ffn_dim=40, num_layers=2),
-    "1.3b": dict(num_attention_heads=12, ffn_dim=8960, num_layers=30),
+    "tiny": {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "ffn_dim": 40, "num_layers": 2},
+    "1.3b": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
 }
 OPERATIONS = {"attention": ("self_attn", "attn1"), "cross_attention": ("cross_attn", "attn2"), "ffn": ("ffn", "ffn")}
 

@@ -64,11 +64,13 @@ class Case:
             raise MissingError("the model is read block by block, which does for forward passes alone; see --stream")
         return self.place(jax.tree.map(lambda leaf: np.asarray(leaf[()], np.float32), self.leaves))
 
-    def place(self, params: Params) -> Params:
-        """Puts arrays on the devices, split as in training."""
+    def place(self, params: Params, within: str = "") -> Params:
+        """Puts arrays on the devices, split as in training; `within` names the part of the parameters they are."""
         if self.mesh is None:
             return jax.tree.map(jnp.asarray, params)
-        return jax.device_put(params, state_sharding(params, self.mesh))
+        whole = {within: params} if within else params
+        placed = jax.device_put(whole, state_sharding(whole, self.mesh))
+        return placed[within] if within else placed
 
     def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which programs are split over the devices."""

@@ -159,5 +159,5 @@ def adamw_floor(
     total = np.zeros(size.shape)
     for g in gradients:
         total += learning_rate * np.minimum(2, 2 * noise / (np.abs(np.asarray(g, np.float64)) + eps))
-        total += 2 * UNIT * size
+    total += np.sqrt(2 * len(gradients)) * UNIT * size  # roundings of both signs, a random walk
     return float(np.linalg.norm(total.ravel()))

@@ -25,7 +25,7 @@ TOLERANCES: Mapping[Profile, Mapping[Kind, float]] = {
         "forward": 2e-6,
         "scalar": 1e-5,
         "gradient": 2e-5,
-        "update": 5e-3,
+        "update": 2e-3,
         "sample": 1e-4,
         "encode": 1e-5,
         "decode": 1e-4,

@@ -58,7 +58,7 @@ def loss_terms(case: Case, batch: Batch, noise: Array, times: Times, draw: int =
         targets, pulls, pushes = batch_targets(batch, config), [], []
     for i, streams, _ in walk.blocks():
         if config.alignment.weight and i < config.alignment.num_blocks:
-            projector = case.moved(case.place(read_layer(case.leaves["projectors"], i)), draw)
+            projector = case.moved(case.place(read_layer(case.leaves["projectors"], i), "projectors"), draw)
             pull, push = alignment.block_terms(projector, streams[1], targets, config.alignment)
             pulls.append(pull * batch.aligned)
             pushes.append(push * batch.aligned)
@@ -96,7 +96,7 @@ class Walk:
         """
         leaves, config, shared = self._case.leaves["dit"]["blocks"], self._case.config.dit, self._shared
         for i in range(config.num_layers):
-            params = self._case.moved(self._case.place(read_layer(leaves, i)), self._draw)
+            params = self._case.moved(self._case.place(read_layer(leaves, i), "blocks"), self._draw)
             with self._case.on_mesh():
                 self._streams, found = run_block(
                     params, self._streams, shared._replace(sizes=()), config=config, sizes=shared.sizes

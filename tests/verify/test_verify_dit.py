@@ -112,7 +112,7 @@ def test_the_first_block_and_operation_that_diverge_are_named(folder):
     x, references = (case.values.channels_last(f"{name}_latents") for name in ("video", "reference"))
     condition = Condition(jnp.asarray(case.values.need("text")), references[:, :1])
     states = walk(case, (x, jnp.full((1,), 437.5), condition), 0, tuple(FILES))
-    added = {f"{name}_{FILES[op]}": layers for op, layers in states.items()}
+    added = {f"{name}_{end}": states[op] for op, end in FILES.items()}
     np.savez(folder / "values.npz", **case.values.arrays, **added)
     report = verify(folder)
     assert report.passed
@@ -125,7 +125,7 @@ def test_the_first_block_and_operation_that_diverge_are_named(folder):
         ("head.head.bias", "the head"),
     ):
         weights = load_file(folder / "weights.safetensors")
-        save_file({**weights, tensor: weights[tensor] + 0.5}, folder / "weights.safetensors")
+        save_file({**weights, tensor: 1.5 * weights[tensor]}, folder / "weights.safetensors")
         assert [curves.first for curves in verify(folder).curves] == [first]
         save_file(weights, folder / "weights.safetensors")
 
