@@ -244,6 +244,10 @@ def error_curves(
             )  # fmt: skip
         axes.plot(limit[1], limit[2], "--", color=theme.ink, linewidth=1.1, label=limit[0])
         axes.set_yscale("log")
+        shown = np.concatenate([limit[2], *(np.fmax(curve.y, least) for curve in curves)])
+        shown = shown[np.isfinite(shown)]
+        axes.set_ylim(10 ** np.floor(np.log10(shown.min())), 10 ** np.ceil(np.log10(shown.max()) + 0.01))
+        axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set_xlabel(x_label)
         axes.set_ylabel("relative error", color=theme.muted, size=8.5)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True, nbins=8))
