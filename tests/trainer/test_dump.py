@@ -13,7 +13,7 @@ from refalign_jax.verify.folder import verify
 
 
 def recipe(folder):
-    config = runs.recipe(folder, steps=2, save_every=2, held_out_every=0, preview_every=0, verify_dump=(2,))
+    config = runs.recipe(folder, steps=3, save_every=3, held_out_every=0, preview_every=0, verify_dump=(2,))
     return dataclasses.replace(config, dropout=DropoutConfig(text=0.2, references=0.2, both=0.1))
 
 
