@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 RANDOM = {
     "tiny": {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "ffn_dim": 40, "num_layers": 2},
@@ -70,7 +70,11 @@ if __name__ == "__main__":
     out, kind = Path(sys.argv[1]), sys.argv[2]
     out.mkdir(parents=True, exist_ok=True)
     random = kind in RANDOM
-    model = WanTransformer3DModel(**RANDOM[kind]) if random else WanTransformer3DModel.from_pretrained(kind)
+    if random:
+        model = WanTransformer3DModel(**RANDOM[kind])
+    else:
+        model = WanTransformer3DModel.from_config(WanTransformer3DModel.load_config(kind))
+        model.load_state_dict({n: x for path in Path(kind).glob("*.safetensors") for n, x in load_file(path).items()})
     model = model.float().eval()
     if random:
         for parameter in model.parameters():  # so that they can be saved in half the size; buffers are the rotary table
