@@ -163,8 +163,6 @@ MUTATIONS = {
     # the optimizer
     "no weight decay": (OPTIMIZER, "add_decayed_weights(config.weight_decay)", "add_decayed_weights(0.0)", ADAMW),
     "ascent": (OPTIMIZER, "x - rate * d", "x + rate * d", ADAMW),
-    "beta1": (OPTIMIZER, "scale_by_adam(config.beta1,", "scale_by_adam(0.8,", ADAMW),
-    "beta2": (OPTIMIZER, "config.beta2, config.eps)", "0.99, config.eps)", ADAMW),
     "epsilon": (OPTIMIZER, "config.beta2, config.eps)", "config.beta2, 1e-6)", ADAMW),
     "root epsilon": (OPTIMIZER, "config.beta2, config.eps)", "config.beta2, 1e-8, 1e-8)", ADAMW),
 }
