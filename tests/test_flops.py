@@ -102,16 +102,15 @@ def test_training_step_at_full_width(weight):
     assert products(gradient) - recomputed == pytest.approx(flops.train_flops(model, shape), rel=0.01)
 
 
-@pytest.mark.parametrize(("references", "scale", "phantom"), [(0, 7.5, False), (2, 7.5, False), (2, 1.0, True)])
-def test_sampling(references, scale, phantom):
+@pytest.mark.parametrize(("references", "scales"), [(0, (5.0, 7.5)), (2, (5.0, 7.5)), (2, (1.0, 1.0))])
+def test_sampling(references, scales):
     shape = dataclasses.replace(SHAPE, references=references)
-    config = SamplingConfig(num_steps=5, text_guidance=scale)
-    dit = dataclasses.replace(DIT, reference_cross_attention=phantom)
-    model = ModelConfig(dit=dit, alignment=AlignmentConfig(num_blocks=3, vfm_width=10))
+    config = SamplingConfig(num_steps=5, reference_guidance=scales[0], text_guidance=scales[1])
+    model = ModelConfig(dit=DIT, alignment=AlignmentConfig(num_blocks=3, vfm_width=10))
     batch, video, *_ = inputs(model, shape)
     arguments = model_shapes(model)["dit"], video, batch.condition, batch.condition
-    traced = jax.make_jaxpr(lambda *xs: sample(*xs, dit=dit, config=config))(*arguments)
-    assert products(traced.jaxpr) == flops.sample_flops(dit, shape, config)
+    traced = jax.make_jaxpr(lambda *xs: sample(*xs, dit=DIT, config=config))(*arguments)
+    assert products(traced.jaxpr) == flops.sample_flops(DIT, shape, config)
 
 
 def test_the_paper_shape():
