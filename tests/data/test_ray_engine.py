@@ -5,12 +5,16 @@ import itertools
 import json
 
 import pytest
+from support import preparing
 from support.footage import write_records
+from support.published import TINY
 
-from refalign_jax.config import PrepareConfig
+from refalign_jax.config import OpenS2VConfig, PrepareConfig
 from refalign_jax.data.manifest import read_manifest
 from refalign_jax.data.prepare import prepare
+from refalign_jax.data.skips import read_skipped
 from refalign_jax.data.sources.jsonl import read_jsonl
+from refalign_jax.data.sources.opens2v import open_opens2v
 
 ray = pytest.importorskip("ray")
 
@@ -57,6 +61,20 @@ def test_the_same_bytes_as_in_threads(tmp_path):
         skipped = [(tmp_path / name / "skipped.jsonl").read_text() for name in (folder, "threads")]
         assert skipped[0] == skipped[1]
         assert skipped[0].count("\n") == 1
+
+
+@pytest.mark.slow
+def test_two_hundred_records_one_in_ten_faulty(tmp_path):
+    """The same shards as in threads, and exactly the faulty ones left out, each with its reason."""
+    wanted = preparing.write(tmp_path)
+    config = OpenS2VConfig(videos=f"{tmp_path}/videos", pairs=f"{tmp_path}/pairs.json", cross_probability=1.0)
+    for engine in ("threads", "ray"):
+        settings = dataclasses.replace(TINY, engine=engine, batch_size=4)
+        source = open_opens2v(f"{tmp_path}/total_part1.json", config, tmp_path / engine / ".tables", TINY.seed)
+        prepare(source, tmp_path / engine, settings, {"name": "opens2v", "settings": config.settings})
+        assert {entry.id: entry.reason for entry in read_skipped(tmp_path / engine)} == wanted
+    assert contents(tmp_path / "ray") == contents(tmp_path / "threads")
+    assert len(wanted) == 20
 
 
 @pytest.mark.slow
