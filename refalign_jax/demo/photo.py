@@ -26,7 +26,8 @@ from refalign_jax.data.video import read_frames
 from refalign_jax.demo.photographs import STORED, SUBJECTS, View, lay
 from refalign_jax.demo.scenes import CELL, FPS, GRID, NUM_FRAMES, SIZE, Actor, Scene, write_png
 from refalign_jax.demo.score import cut_out_frames, nearest
-from refalign_jax.inference.generate import generate, open_generator
+from refalign_jax.inference.generate import generate
+from refalign_jax.inference.opening import open_generator
 from refalign_jax.inference.requests import Request
 
 _WHITE = 245
