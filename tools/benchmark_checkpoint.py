@@ -46,10 +46,10 @@ def benchmark_checkpoint(
     from refalign_jax.convert import checksums
     from refalign_jax.trainer.checkpoint import Checkpoints
 
-    dit = dataclasses.replace(wan_1_3b(), **({} if size == "1.3b" else {"num_layers": 1}))
+    dit = wan_1_3b() if size == "1.3b" else dataclasses.replace(wan_1_3b(), num_layers=1)
     params = _random(ModelConfig(dit=dit, alignment=AlignmentConfig(num_blocks=min(9, dit.num_layers))))
     trees = {"params": params, "ema": params, "optimizer": {"mu": params, "nu": params}}
-    arrays = {name: trees[name] for name in items}
+    arrays: dict[str, Any] = {name: trees[name] for name in items}
     shares, seconds = [], list[float]()
     write = checksums.write_digests
 

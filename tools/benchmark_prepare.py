@@ -13,11 +13,13 @@ of an earlier measurement, `core_gflops`; on an accelerator it is its peak times
 from refalign_jax.command import run
 
 # isort: split
+import collections
 import dataclasses
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +103,7 @@ def measure_writing(clips: int) -> tuple[float, float]:
     def random(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, np.float32)
 
-    fields = {
+    fields: dict[str, Any] = {
         "video_latents": random(F, H, W, 16),
         "reference_latents": random(REFERENCES, H, W, 16),
         "text": random(TOKENS, 4096),
@@ -112,7 +114,7 @@ def measure_writing(clips: int) -> tuple[float, float]:
     ]
     with tempfile.TemporaryDirectory() as folder:
         with ShardWriter(folder, storage=Storage(), made={}) as writer:
-            seconds = cpu_seconds(lambda: [writer.add(example) for example in examples])
+            seconds = cpu_seconds(lambda: collections.deque(map(writer.add, examples), maxlen=0))
         size = sum(path.stat().st_size for path in Path(folder).glob("*.array_record"))
     return seconds / clips, size / clips / 1e6
 
@@ -124,7 +126,8 @@ def vae_flops(config: vae.VAEConfig, height: int, width: int, frames: int) -> fl
     def counted(T: int) -> float:
         pixels = jax.ShapeDtypeStruct((1, T, height, width, 3), jnp.float32)
         lowered = jax.jit(lambda params, x: vae.encode(params, x, config)).lower(shapes, pixels)
-        return float(lowered.cost_analysis()["flops"])
+        costs: Any = lowered.cost_analysis()
+        return float(costs["flops"])
 
     first = counted(1)
     return first + (frames - 1) // 4 * (counted(5) - first)

@@ -124,7 +124,7 @@ def _write_parquet(folder: Path, size: int) -> int:
             ids = [f"{n:06d}-{m}_0_9" for m in range(rows)]
             batch = arrow.record_batch([ids, ["A clip."] * rows, [pairs] * rows], schema=schema)
             writer.write_batch(batch, row_group_size=1 << 30)
-    table = {"vid": [f"{n:032d}_0_1" for n in range(1_129_029)]}
+    table: dict[str, list[Any]] = {"vid": [f"{n:032d}_0_1" for n in range(1_129_029)]}
     table |= {name: [1280] * 1_129_029 for name in ("width", "height")}
     parquet.write_table(arrow.table(table), folder / "metadata.parquet")
     return (folder / "annotations.parquet").stat().st_size
@@ -276,7 +276,7 @@ def _torchcodec(videos: tuple[Path, ...], frames: list[list[int]], height: int, 
 
 def main(arguments: list[str], prog: str) -> None:
     """Parses and measures."""
-    kinds = {"memory": memory, "decode": decode}
+    kinds: dict[str, Any] = {"memory": memory, "decode": decode}
     tyro.extras.subcommand_cli_from_dict(kinds, args=arguments, prog=prog, description=__doc__)
 
 

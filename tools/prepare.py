@@ -161,7 +161,8 @@ def main(arguments: list[str], prog: str) -> None:
                 f"of {', '.join(KINDS)}, as in: {prog} {next(iter(KINDS))} {arguments[0]} DATASET."
             )
         arguments = [ENDINGS[ending], *arguments]
-    tyro.extras.subcommand_cli_from_dict(dict(KINDS), args=arguments, prog=prog, description=__doc__)
+    kinds: dict[str, Any] = dict(KINDS)
+    tyro.extras.subcommand_cli_from_dict(kinds, args=arguments, prog=prog, description=__doc__)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class RayEngine:
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # errors come as exceptions
             local: dict[str, Any] = {} if address else {"num_cpus": config.workers + 1, "include_dashboard": False}
             try:
-                ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **local)
+                ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
             except Exception as error:
                 raise ValueError(f"Ray can't be started: {first_line(error)}.") from error
 

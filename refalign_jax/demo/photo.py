@@ -51,7 +51,7 @@ def cut_photograph(pixels: UInt8[np.ndarray, "h w 3"]) -> Image.Image:
     On a white ground, the subject is what is not white; otherwise it is the disc in the middle.
     """
     height, width = pixels.shape[:2]
-    white = (pixels >= _WHITE).all(-1)
+    white = np.asarray((pixels >= _WHITE).all(-1))
     border = np.concatenate([white[0], white[-1], white[:, 0], white[:, -1]])
     if border.mean() > 0.6 and not white.all():
         inside = binary_fill_holes(~white)
@@ -64,7 +64,8 @@ def cut_photograph(pixels: UInt8[np.ndarray, "h w 3"]) -> Image.Image:
         inside = np.hypot(y + 0.5 - top - side / 2, x + 0.5 - left - side / 2) <= side / 2
         box = (left, top, left + side, top + side)
     whole = np.dstack([pixels, 255 * inside]).astype(np.uint8)
-    cut = Image.fromarray(whole).crop(tuple(map(int, box)))
+    left, top, right, bottom = map(int, box)
+    cut = Image.fromarray(whole).crop((left, top, right, bottom))
     square = Image.new("RGBA", (max(cut.size),) * 2, (0, 0, 0, 0))
     square.paste(cut, ((square.width - cut.width) // 2, (square.height - cut.height) // 2))
     return square.resize((STORED, STORED), Image.Resampling.LANCZOS)

@@ -253,7 +253,7 @@ class _Stages:
         with tqdm(total=len(groups) * config.sampling.num_steps, desc="sample", unit="step") as bar:
             for number, ids in enumerate(groups):
                 bar.set_postfix_str(f"video {sum(map(len, groups[:number])) + 1} of {len(inputs)}")
-                batch, x = stack([inputs[id] for id in ids], size), np.empty(0)
+                batch = stack([inputs[id] for id in ids], size)
                 drawn = denoise(params, batch, dit=config.model.dit, config=config.sampling, mesh=generator.mesh)
                 for x in drawn:
                     x.block_until_ready()

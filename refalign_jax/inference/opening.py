@@ -86,7 +86,7 @@ class Generator:
     def made(self) -> dict[str, Any]:
         """Everything that decides a video beside prompt, references and contents of files, as JSON."""
         encoders = {"video": self.codec.describe()} | ({"text": self.text.describe()} if self.text else {})
-        made = {
+        made: dict[str, Any] = {
             "weights": self.weights,
             "encoders": encoders,
             "model": digest_json(dataclasses.asdict(self.config.model)),
@@ -289,7 +289,7 @@ def _open_encoders(run: Config, config: GenerateConfig) -> tuple[VideoCodec, Tex
     _check_weights(dataset, made, [name for name, flag in flags if name in described and not getattr(config, flag)])
     # On CPUs a row's last bits depend on how many rows a product has, so each device encodes one at a time.
     batch = 1 if jax.default_backend() == "cpu" else config.batch_size
-    dtype = {"compute_dtype": config.dtype} if config.dtype else {}
+    dtype: dict[str, Any] = {"compute_dtype": config.dtype} if config.dtype else {}
     codec = (
         open_video_codec(config.vae, dct_channels=dit.latent_channels, batch_size=batch, **dtype)
         if config.vae

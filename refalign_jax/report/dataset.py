@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def _card(source: ShardSource, index: int, codec: VideoCodec, path: Path) -> Car
     fill(images, arrays, "reference_latents")
     fps = float(metadata.get("fps") or 16)
     write_latents([path], video[None], codec, fps)
-    pixels = to_pixels(codec.decode(images[:, None]))[:, 0] if len(images) else []
+    pixels: Iterable[np.ndarray] = to_pixels(codec.decode(images[:, None]))[:, 0] if len(images) else []
     names = metadata.get("subjects") or []
     frames = metadata.get("frames") or [0]
     references = []

@@ -17,9 +17,10 @@ def targets_section(run: Run) -> Section:
     try:
         if config.synthetic.num_examples:
             raise ValueError("The run was trained on synthetic noise, which has no targets.")
-        found = remaining_pushes(
-            ShardSource(config.data.path), config.model.alignment, count=config.data.grown_from or None
-        )
+        count = config.data.grown_from
+        if config.data.mix or isinstance(count, tuple):
+            raise ValueError("The run was trained on several datasets; tools/overview.py measures each of them.")
+        found = remaining_pushes(ShardSource(config.data.path), config.model.alignment, count=count or None)
         if not found.examples:
             raise ValueError("No example that was read has two subjects, so nothing is pushed apart.")
     except (ValueError, OSError) as error:

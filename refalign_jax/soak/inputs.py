@@ -13,8 +13,10 @@ from PIL import Image
 from refalign_jax.data.video import write_video
 from refalign_jax.soak.processes import Command
 
-PREPARE = ("--vae=dct", "--text-encoder=words", "--vfm=daisy", "--height=128", "--width=192", "--num-frames=5")
-PREPARE += ("--word-width=16", "--examples-per-shard=2")
+PREPARE = (
+    *("--vae=dct", "--text-encoder=words", "--vfm=daisy", "--height=128", "--width=192", "--num-frames=5"),
+    *("--word-width=16", "--examples-per-shard=2"),
+)
 TRAIN = ("tiny", "--train.steps=3", "--train.save-every=3", "--train.held-out-every=0", "--train.preview-every=0")
 
 

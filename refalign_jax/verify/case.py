@@ -100,7 +100,10 @@ class Case:
             targets = targets.reshape(B, R, -1, targets.shape[-1])
         given, patches = values.arrays, None
         if "subject_mask" in given:
-            patches = SubjectPatches(jnp.asarray(given["subject_mask"], bool), given.get("target_mean"))
+            patches = SubjectPatches(
+                jnp.asarray(given["subject_mask"], bool),
+                jnp.asarray(given["target_mean"]) if "target_mean" in given else None,
+            )
         return Batch(
             video_latents=latents,
             text=text,
@@ -167,7 +170,7 @@ class Case:
     def time_bounds(self, label: str) -> Times:
         """How far a float32 table may be from σ, t and w of each sample."""
         indices = np.asarray(self.indices(label))
-        return tuple(bound[indices] for bound in self.bounds)  # type: ignore[return-value]
+        return tuple(bound[indices] for bound in self.bounds)
 
     def moved_times(self, label: str, draw: int) -> Times:
         """As `times`, moved by the error of a float32 table where the folder does not have theirs; see floors.py."""

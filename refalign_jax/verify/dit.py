@@ -24,6 +24,7 @@ from refalign_jax.convert.table import stored
 from refalign_jax.initial import model_shapes
 from refalign_jax.sharding import check_heads, make_mesh
 from refalign_jax.trees import count
+from refalign_jax.types import Params
 from refalign_jax.verify import forward, training
 from refalign_jax.verify.case import LARGE, Case, select
 from refalign_jax.verify.divergence import FILES
@@ -136,7 +137,7 @@ def open_case(values: Values, compute_dtype: DType, report: Report, options: Opt
     options = options or Options()
     opened = open_model(values, options.weights)
     config, lacking = model_config(values, opened, compute_dtype)
-    shapes = model_shapes(config)
+    shapes: Params = model_shapes(config)
     if not opened.has_projectors:
         shapes = select(shapes, "projectors")
     table = model_table(config.dit, config.alignment if opened.has_projectors else None, opened.names)

@@ -67,7 +67,7 @@ def _moved(tree: Any, key: Array, spacing: float) -> Any:
             return x
         return x * (1 + spacing * jax.random.randint(key, x.shape, -1, 2)).astype(x.dtype)
 
-    return structure.unflatten([move(x, key) for x, key in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(structure, [move(x, key) for x, key in zip(leaves, keys, strict=True)])
 
 
 def spread(compute: Compute, name: str) -> float:

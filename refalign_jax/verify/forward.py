@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,7 +65,7 @@ def check_schedule(case: Case, what: str) -> None:
 def check_step(case: Case, label: str) -> None:
     """Compares what the folder has of one training step: its time, its inputs, the velocity, features, the loss."""
     compute = step_values(case, label)
-    parts = {
+    parts: dict[str, Callable[..., None]] = {
         "timestep": check_time,
         "noisy": check_corruption,
         "target": check_corruption,

@@ -22,7 +22,7 @@ def run_tasks(tasks: Sequence[Task]) -> None:
             bar.update()
 
 
-def attempt(report: Report, names: Sequence[str], check: Callable[[], None]) -> None:
+def attempt(report: Report, names: Sequence[str], check: Callable[[], object]) -> None:
     """Makes a check; if it can't be made, only its values are lost.
 
     Args:

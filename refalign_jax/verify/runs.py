@@ -29,6 +29,7 @@ from refalign_jax.convert.table import stored
 from refalign_jax.data.json_lines import read_lines
 from refalign_jax.initial import model_shapes
 from refalign_jax.trees import flatten
+from refalign_jax.types import Params
 from refalign_jax.verify.case import select
 from refalign_jax.verify.floors import SAFETY
 
@@ -217,7 +218,7 @@ def read_checkpoint(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 def read_published(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     """Reads published weights under our names, layer by layer."""
     opened = open_transformer(path)
-    shapes = model_shapes(opened.config)
+    shapes: Params = model_shapes(opened.config)
     if not opened.has_projectors:
         shapes = select(shapes, "projectors")
     table = model_table(opened.config.dit, opened.config.alignment if opened.has_projectors else None, opened.names)

@@ -63,7 +63,7 @@ def loss_terms(case: Case, batch: Batch, noise: Array, times: Times, draw: int =
             pulls.append(pull * batch.aligned)
             pushes.append(push * batch.aligned)
     predicted = walk.velocity()
-    pull, push = (sum(x) / len(x) for x in (pulls, pushes))  # type: ignore[arg-type]
+    pull, push = (jnp.mean(jnp.stack(x), axis=0) for x in (pulls, pushes))
     return join_terms(flow.flow_errors(predicted, target), pull, push, times, jnp.int32(0), config), predicted
 
 
