@@ -213,8 +213,8 @@ def introduction(config: Config, samples: int) -> dict[str, Any]:
             f"for {samples} videos whose captions and references it has not seen.",
             f"Why the pictures look as they do: a video has {NUM_FRAMES} frames of {GRID * CELL}x{GRID * CELL} pixels, "
             f"a simple codec retains {config.model.dit.latent_channels} numbers for each block of "
-            f"{CELL // 2}x{CELL // 2} pixels, and the model is a thousand times smaller than the published one and "
-            "trained for minutes. The true clips beside the samples went through the same codec.",
+            f"{CELL // 2}x{CELL // 2} pixels, and the model is hundreds of times smaller than the published ones "
+            "and trained for minutes. The true clips beside the samples went through the same codec.",
             "What alignment changes was measured beforehand, five seeds of 1,000 steps with and without alignment (to "
             "targets that do not contradict themselves): the nearest neighbour of a reference token is of its subject "
             "more often by 0.27 (95% interval 0.26 to 0.28), both of two subjects are right more often by 0.05 (0.01 "
