@@ -31,20 +31,20 @@ $(VENV)/.parity: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.ahead: $(VENV)/.installed
-	$(BIN)/pip install --quiet --editable '.[ahead]'
+	$(BIN)/pip install --quiet --editable '.[ahead,ahead-gpu]'
 	touch $@
 
 # All tests but those of `make parity` and `make ahead`. A file's tests run in one process, which shares their programs.
 test: $(VENV)/.installed
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/parity --ignore tests/perf/test_ahead.py
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/parity --ignore-glob 'tests/perf/test_ahead*.py'
 
 # Against torch, diffusers and transformers; and preparation on Ray, which `make test` then runs too.
 parity: $(VENV)/.parity
 	$(BIN)/pytest tests/parity tests/data/test_ray_engine.py
 
-# Against the TPU's compiler, which needs no TPU.
+# Against the compilers of TPUs and GPUs, which need neither.
 ahead: $(VENV)/.ahead
-	$(BIN)/pytest tests/perf/test_ahead.py
+	$(BIN)/pytest tests/perf/test_ahead.py tests/perf/test_ahead_gpu.py
 
 # A small model learns photographs on the CPU and is sampled; ends by printing the path of its report. Stopped and
 # started again, it continues. Memory in huge pages: without them a third of a step goes into page faults.

@@ -3,10 +3,11 @@
     LIBTPU_INIT_ARGS="$(python -m refalign_jax.devices tpu)" python tools/train.py …
     XLA_FLAGS="$(python -m refalign_jax.devices gpu)" python tools/train.py …
 
-Peaks are dense bfloat16. Bandwidths are of one chip, both directions together where the vendor says so. Sources, read
-in November 2026: Google's pages on TPU v4, v5e, v5p and v6e under "TPU system architecture"; NVIDIA's A100, H100 and
-H200 data sheets (SXM unless named otherwise). A TPU's usable HBM is what its compiler allows, which is less than what
-is built in.
+Peaks are dense bfloat16. Bandwidths are both directions together where the vendor says so. Figures are of one device as
+JAX counts them, which is a chip, except for TPU7x (Ironwood), whose chips are two devices each. Sources, read in
+November 2026: Google's pages on TPU v4, v5e, v5p, v6e and TPU7x under "TPU system architecture"; NVIDIA's data sheets
+of A100, H100, H200, HGX B200 and GB200 NVL72 (SXM unless named otherwise). A TPU's usable HBM is what its compiler
+allows, which is less than what is built in.
 """
 
 from __future__ import annotations
@@ -52,19 +53,21 @@ NO_TPU = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One accelerator.
+    """One device of an accelerator.
 
     Attributes:
       kind: how JAX's `device_kind` begins.
       tflops: peak in bfloat16, 10^12 operations a second.
       hbm_gib: memory that a program may use, 2^30 bytes.
       link_gbps: of the links to other chips (ICI or NVLink), both directions, 10^9 bytes a second.
+      devices_per_chip: how many devices a chip is.
     """
 
     kind: str
     tflops: float
     hbm_gib: float
     link_gbps: float
+    devices_per_chip: int = 1
 
 
 CHIPS: tuple[Chip, ...] = (
@@ -74,11 +77,14 @@ CHIPS: tuple[Chip, ...] = (
     Chip(kind="TPU v5", tflops=459, hbm_gib=95.74, link_gbps=1200),
     Chip(kind="TPU v6 lite", tflops=918, hbm_gib=31.25, link_gbps=800),
     Chip(kind="TPU v6e", tflops=918, hbm_gib=31.25, link_gbps=800),
+    Chip(kind="TPU7x", tflops=1153.5, hbm_gib=94.75, link_gbps=600, devices_per_chip=2),
     Chip(kind="NVIDIA A100", tflops=312, hbm_gib=80, link_gbps=600),
     Chip(kind="NVIDIA H100 PCIe", tflops=756, hbm_gib=80, link_gbps=600),
     Chip(kind="NVIDIA H100 NVL", tflops=835, hbm_gib=94, link_gbps=600),
     Chip(kind="NVIDIA H100", tflops=989, hbm_gib=80, link_gbps=900),
     Chip(kind="NVIDIA H200", tflops=989, hbm_gib=141, link_gbps=900),
+    Chip(kind="NVIDIA B200", tflops=2250, hbm_gib=178, link_gbps=1800),
+    Chip(kind="NVIDIA GB200", tflops=2500, hbm_gib=184, link_gbps=1800),
 )
 """First match."""
 

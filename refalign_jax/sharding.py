@@ -4,10 +4,11 @@
     data      the batch                                                gradients (all-reduce; over DCN between slices)
     fsdp      the batch; the width D of every kernel                   weights (all-gather), gradients (reduce-scatter)
     context   the tokens; the width D of every kernel, like fsdp       queries, keys, values (all-to-all); weights
+    ring      the tokens further; D like context                       keys, values (permutations, overlapped); weights
     tensor    heads and hidden width; the other side of every kernel   partial sums of two products per block
 
-So a device holds 1/(fsdp·context·tensor) of parameters, moving average and moments, and 1/(data·fsdp) of the batch.
-Vectors and modulations are small and are replicated.
+So a device holds 1/(fsdp·context·ring·tensor) of parameters, moving average and moments, and 1/(data·fsdp) of the
+batch. Vectors and modulations are small and are replicated.
 
 Activations are placed on JAX's ambient mesh, which the caller sets by `jax.set_mesh(mesh)` around compilation. Without
 an ambient mesh, nothing is constrained and the model is a single-device program.
@@ -27,19 +28,21 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from refalign_jax.config import DiTConfig, MeshConfig
 from refalign_jax.types import Array
 
-AXES = ("data", "fsdp", "context", "tensor")
-DATA, FSDP, CONTEXT, TENSOR = AXES
-WIDTH = (FSDP, CONTEXT)
+AXES = ("data", "fsdp", "context", "ring", "tensor")
+DATA, FSDP, CONTEXT, RING, TENSOR = AXES
+WIDTH = (FSDP, CONTEXT, RING)
 """The axes over which the width D of a kernel is split."""
 
 BATCH = PartitionSpec((DATA, FSDP))
 """Arrays with a leading batch axis."""
-TOKENS = PartitionSpec((DATA, FSDP), CONTEXT)
+SEQUENCE = (RING, CONTEXT)
+"""The axes over which tokens are split: into a part per device of the ring, and each part over the context."""
+TOKENS = PartitionSpec((DATA, FSDP), SEQUENCE)
 """Tokens at the transformer's width, [B, T, D]."""
-HIDDEN = PartitionSpec((DATA, FSDP), CONTEXT, TENSOR)
+HIDDEN = PartitionSpec((DATA, FSDP), SEQUENCE, TENSOR)
 """Tokens within attention, [B, T, N·K] and [B, T, N, K], and within the feed-forward network, [B, T, hidden]."""
 CONDITION = PartitionSpec((DATA, FSDP), None, TENSOR)
-"""Keys and values of the text, [B, S, N·K]: few tokens, which are replicated over the context axis."""
+"""Keys and values of the text, [B, S, N·K]: few tokens, which are replicated over context and ring."""
 
 RULES: tuple[tuple[str, tuple[str | tuple[str, ...] | None, ...]], ...] = (
     # D is the input side: [D, other]
@@ -75,19 +78,20 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
       ValueError: the axes don't multiply to the number of devices, or the slices don't divide the data axis.
     """
     devices = jax.devices() if devices is None else devices
-    count, model = len(devices), config.fsdp * config.context * config.tensor
+    count, model = len(devices), config.fsdp * config.context * config.ring * config.tensor
     data = config.data or max(count // model, 1)
     if data * model != count:
         raise ValueError(
             f"mesh.data={config.data or 'the rest'} times fsdp={config.fsdp} times context={config.context} times "
-            f"tensor={config.tensor} is not the number of devices, {count}; make their product {count}."
+            f"ring={config.ring} times tensor={config.tensor} is not the number of devices, {count}; make their "
+            f"product {count}."
         )
     if data % config.slices:
         raise ValueError(
             f"mesh.data={data} is not divisible by mesh.slices={config.slices}; slices are joined by the data axis."
         )
-    shape = (data, config.fsdp, config.context, config.tensor)
-    within, between = (data // config.slices, *shape[1:]), (config.slices, 1, 1, 1)
+    shape = (data, config.fsdp, config.context, config.ring, config.tensor)
+    within, between = (data // config.slices, *shape[1:]), (config.slices, 1, 1, 1, 1)
     if config.slices == 1:
         arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     elif hasattr(devices[0], "slice_index"):
@@ -118,11 +122,17 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
 
 
 def check_heads(dit: DiTConfig, mesh: Mesh) -> None:
-    """Checks that the heads split evenly over the context and tensor axes.
+    """Checks that the heads split evenly over the context and tensor axes, and that there is a kernel for the ring.
 
     Raises:
-      ValueError: they don't; the message lists the products of the two axes that do.
+      ValueError: they don't; the message lists the products of the two axes that do. Or a ring is asked of GPUs.
     """
+    gpu = mesh.devices.flat[0].platform in ("gpu", "cuda")
+    if mesh.shape[RING] > 1 and (gpu or dit.attention == "cudnn"):
+        raise ValueError(
+            f"mesh.ring={mesh.shape[RING]} has no kernel on NVIDIA GPUs; split the tokens by mesh.context, up to the "
+            f"{dit.num_heads} heads."
+        )
     parts = mesh.shape[CONTEXT] * mesh.shape[TENSOR]
     if dit.num_heads % parts:
         fitting = [str(n) for n in range(1, dit.num_heads + 1) if dit.num_heads % n == 0]
@@ -153,10 +163,10 @@ def param_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 def _fitting(axes: str | tuple[str, ...] | None, size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
-    """The mesh axes that divide a dimension: all of the given ones, else the first one, else none."""
+    """The mesh axes that divide a dimension: all of the given ones, else the first ones, else none."""
     names = (axes,) if isinstance(axes, str) else axes or ()
-    for used in (names, names[:1]):
-        if used and size % int(np.prod([mesh.shape[name] for name in used])) == 0:
+    for used in (names[:end] for end in range(len(names), 0, -1)):
+        if size % int(np.prod([mesh.shape[name] for name in used])) == 0:
             return used if len(used) > 1 else used[0]
     return None
 
@@ -221,10 +231,10 @@ def is_split() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
-def context_parts() -> int:
-    """Number of parts into which the ambient mesh splits the tokens."""
+def axis_size(*axes: str) -> int:
+    """Returns the product of the sizes of axes of the ambient mesh; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh.shape[CONTEXT]
+    return 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in axes]))
 
 
 def to_devices(batch: Any, mesh: Mesh) -> Any:

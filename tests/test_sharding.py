@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -36,11 +37,13 @@ WIDE = ModelConfig(
 """Heads for eight devices; below, grids of an odd number of tokens, which no context divides."""
 
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 4, 2), (2, 2, 2, 1), (1, 2, 2, 2)]
+RINGS = [(1, 1, 1, 1, 8), (1, 1, 2, 1, 4), (1, 2, 1, 2, 2), (2, 1, 2, 1, 2), (1, 1, 2, 2, 2)]
+"""Sizes of data, fsdp, context, tensor and, where it is not 1, ring."""
 
 
-def mesh_of(data: int, fsdp: int, context: int = 1, tensor: int = 1, slices: int = 1):
-    config = MeshConfig(data=data, fsdp=fsdp, context=context, tensor=tensor, slices=slices)
-    return make_mesh(config, jax.devices()[: data * fsdp * context * tensor])
+def mesh_of(data: int, fsdp: int, context: int = 1, tensor: int = 1, ring: int = 1, slices: int = 1):
+    config = MeshConfig(data=data, fsdp=fsdp, context=context, ring=ring, tensor=tensor, slices=slices)
+    return make_mesh(config, jax.devices()[: data * fsdp * context * ring * tensor])
 
 
 @functools.cache
@@ -73,7 +76,7 @@ def one_step(references: int, shape: tuple[int, ...], masked: bool = False, accu
         compiled = jitted.lower(*inputs).compile()
     after, metrics = compiled(*inputs)
     kernel = after.params["dit"]["blocks"]["ffn"]["in"]["kernel"].sharding.shard_shape((2, 64, 40))
-    assert kernel == (2, 64 // (shape[1] * shape[2]), 40 // shape[3])
+    assert kernel == (2, 64 // (shape[1] * shape[2] * math.prod(shape[4:])), 40 // shape[3])
     (moments,) = [x for x in after.optimizer if hasattr(x, "mu")]
     return jax.device_get((metrics, moments.mu, after.params)), compiled.as_text()
 
@@ -81,7 +84,10 @@ def one_step(references: int, shape: tuple[int, ...], masked: bool = False, accu
 @pytest.mark.parametrize(
     ("shape", "references"),
     # another number of tokens matters where tokens are split
-    [*((shape, 3) for shape in MESHES), *((shape, 1) for shape in MESHES if shape[2] > 1)],
+    [
+        *((shape, 3) for shape in MESHES + RINGS),
+        *((shape, 1) for shape in MESHES + RINGS[:2] if math.prod(shape[2:]) > 2),
+    ],
 )
 def test_every_mesh_computes_the_same(shape, references):
     expected, _ = one_step(references, (1, 1, 1, 1))
@@ -134,8 +140,8 @@ def test_the_state_of_both_models_is_spread_evenly(dit):
 
 def test_a_side_that_does_not_divide_is_whole_and_an_unknown_parameter_is_an_error():
     mesh = mesh_of(1, 8)
-    both = ("fsdp", "context")
-    assert param_spec("dit/blocks/self_attention/out/kernel", (3, 24, 24), mesh) == PartitionSpec(None, "tensor", both)
+    every = ("fsdp", "context", "ring")
+    assert param_spec("dit/blocks/self_attention/out/kernel", (3, 24, 24), mesh) == PartitionSpec(None, "tensor", every)
     part = mesh_of(1, 2, 4, 1)
     assert param_spec("dit/blocks/ffn/in/kernel", (3, 12, 7), part) == PartitionSpec(None, "fsdp", "tensor")
     assert param_spec("optimizer/1/mu/projectors/out", (2, 12, 8), mesh) == PartitionSpec(None, None, "tensor")

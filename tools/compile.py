@@ -1,14 +1,17 @@
-r"""Compiles a training or sampling step for a TPU topology that need not be present, and prints what it needs.
+r"""Compiles a training or sampling step for TPUs or GPUs that need not be present, and prints what it needs.
 
     python tools/compile.py refalign_14b_stage1 --topology v5p:4x4x4 --mesh.fsdp 64 --data.batch-size 64 \
         --data.held-out 0 --train.held-out-every 0 --json report.json
+    python tools/compile.py RECIPE --topology h100:8 --mesh.fsdp 8 --data.batch-size 8
+    python tools/compile.py RECIPE --topology v5e:16x16 --suggest
     python tools/compile.py RECIPE --topology v5e:16x16 --sweep
     python tools/compile.py RECIPE --parameters
     python tools/compile.py --compare DUMP_A DUMP_B
     python tools/compile.py --table FILE FILE …
 
 RECIPE is a Python file, which is executed, or the bare name of one under configs/; options override its fields. It runs
-on the CPU and needs libtpu (pip install libtpu). The exit code is 1 where nothing fits.
+on the CPU. TPUs need libtpu (pip install -e '.[ahead]'), GPUs need JAX's CUDA plugin ('.[ahead-gpu]'). The exit code is
+1 where nothing fits.
 """
 
 from refalign_jax.command import OutputFile, parse_recipe, run
@@ -17,6 +20,7 @@ from refalign_jax.command import OutputFile, parse_recipe, run
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +28,7 @@ from tyro.conf import arg
 
 from refalign_jax.atomic import write_text
 from refalign_jax.config import Config
-from refalign_jax.devices import NO_TPU, XLA_FLAGS
+from refalign_jax.devices import NO_TPU
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +36,7 @@ class Arguments:
     """The command line."""
 
     topology: str = ""
-    """The slice: v5p:4x4x4, v5e:16x16, v6e:8x8 and so on."""
+    """The devices: v5p:4x4x4, v5e:16x16, tpu7x:2x2x1 and so on, or GPUs per host, h100:8, or hosts x GPUs, h100:4x8."""
     step: Literal["train", "sample"] = "train"
     """The training step, or the sampling of one batch."""
     json: OutputFile = None
@@ -40,9 +44,11 @@ class Arguments:
     dump: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: not kept)")] = None
     """Folder in which the optimised program's text is kept."""
     flags: bool = False
-    """Compile with the flags that refalign_jax/devices.py has for TPUs."""
+    """Compile with the flags that refalign_jax/devices.py has for the platform."""
     sweep: bool = False
     """Try every mesh that fits, each with remat policies until one fits; rank those that do."""
+    suggest: bool = False
+    """Find the mesh, remat policy and batch that fit the devices best, and print the options that choose them."""
     parameters: bool = False
     """Print each parameter's shape, split and bytes per device; compiles nothing."""
     compare: tuple[Path, ...] = ()
@@ -70,30 +76,47 @@ def main(arguments: list[str], prog: str) -> int:
         return 0
     if not given.topology:
         raise ValueError(f"Name a topology, as in: {prog} tiny --topology v5e:2x2.")
+    if given.suggest:
+        return _suggest(given)
     if given.sweep:
         return _sweep(given)
-    flags = XLA_FLAGS["tpu"] if given.flags else {}
-    report = ahead.compile_ahead(given.config, given.topology, given.step, given.dump, flags)
+    report = ahead.compile_ahead(given.config, given.topology, given.step, given.dump, given.flags)
     print(tables.summary(report))
     _write(given.json, report)
     return int(not report["fits"])
 
 
+def _suggest(given: Arguments) -> int:
+    """Compiles until the best fit is known, prints each report and the options of the best."""
+    from refalign_jax.perf import search
+
+    best = _printed(given, search.suggest(given.config, given.topology))[-1]
+    print(f"The best fit: {search.options(best)}")
+    return 0
+
+
 def _sweep(given: Arguments) -> int:
     """Compiles every mesh, prints each and the ranking; returns 1 where nothing fits."""
-    from refalign_jax.perf import ahead, tables
+    from refalign_jax.perf import search
 
-    reports = []
-    for report in ahead.sweep(given.config, given.topology, given.step):
-        reports.append(report)
-        print(tables.summary(report), end="\n\n", flush=True)
-        _write(given.json, reports)
-    reports = ahead.ranked(reports)
+    reports = search.ranked(_printed(given, search.sweep(given.config, given.topology, given.step)))
     print(f"{len(reports)} fit; the fastest by its bounds first:")
     for report in reports:
         bounds = report["bound_seconds"]
         print(f"  {report['mesh']} {report['remat']}: compute {bounds['compute']} s, links {bounds['links']} s")
     return int(not reports)
+
+
+def _printed(given: Arguments, reports: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Prints and writes reports as they come, and returns them."""
+    from refalign_jax.perf import tables
+
+    seen: list[dict[str, Any]] = []
+    for report in reports:
+        seen.append(report)
+        print(tables.summary(report), end="\n\n", flush=True)
+        _write(given.json, seen)
+    return seen
 
 
 def _compared(folders: tuple[Path, ...]) -> str:
@@ -132,7 +155,12 @@ def _read(path: Path) -> list[dict[str, Any]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         reports = found if isinstance(found, list) else [found]
-        missing = {key for report in reports for key in ("topology", "memory_gib", "tiles") if key not in dict(report)}
+        missing = {
+            key
+            for report in reports
+            for key in ("topology", "memory_gib", "tiles", "devices")
+            if key not in dict(report)
+        }
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"--table {path}: can't be read as a report of --json ({error}).") from error
     if missing:

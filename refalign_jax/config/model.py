@@ -26,7 +26,8 @@ class AttentionTiles:
       kv: Keys and values that are fetched together.
       kv_compute: Keys and values that are computed together; divides `kv`.
       backward_q: Queries per tile in the backward pass.
-      backward_kv: Keys and values per tile in the backward pass.
+      backward_kv: Keys and values per tile in the backward pass. 0 chooses by the device: 1024, or 2048 where the
+        partial query gradients described below would take more than a sixth of its memory.
       backward_kv_compute: Keys and values that are computed together in the backward pass; divides `backward_kv`.
       fused_backward: Use one backward kernel with five products per tile in place of two kernels with seven. It needs
         memory for a partial query gradient from every tile of keys, T / backward_kv times the queries: in 16 bits, at
@@ -37,7 +38,7 @@ class AttentionTiles:
     kv: int = 1024
     kv_compute: int = 512
     backward_q: int = 1024
-    backward_kv: int = 1024
+    backward_kv: int = 0
     backward_kv_compute: int = 512
     fused_backward: bool = True
 
@@ -46,10 +47,11 @@ class AttentionTiles:
         check_values(self)
         for name in ("q", "kv", "kv_compute", "backward_q", "backward_kv", "backward_kv_compute"):
             value = getattr(self, name)
-            if value < 128 or value & (value - 1):
+            chosen = name == "backward_kv" and value == 0
+            if not chosen and (value < 128 or value & (value - 1)):
                 raise ValueError(f"AttentionTiles.{name}={value} must be a power of two from 128 up.")
         for name in ("kv", "backward_kv"):
-            if getattr(self, f"{name}_compute") > getattr(self, name):
+            if getattr(self, f"{name}_compute") > (getattr(self, name) or 1024):
                 raise ValueError(f"AttentionTiles.{name}_compute must not be larger than {name}={getattr(self, name)}.")
 
 

@@ -25,6 +25,8 @@ class MeshConfig:
       data: Copies of the model that share the batch; 0 for all devices that the other axes leave.
       fsdp: Devices over which batch, parameters, EMA and optimizer state are split.
       context: Devices over which the tokens of a sample are split, and the state as well.
+      ring: Parts into which the tokens are split before `context` splits each of them, for sequences that the heads
+        don't allow to be split further; the state is split over it as well. TPUs alone.
       tensor: Devices over which heads and hidden widths are split; context times tensor divides the heads.
       slices: TPU slices (or nodes without a fast link between them), over which the data axis is laid.
     """
@@ -32,6 +34,7 @@ class MeshConfig:
     data: int = 0
     fsdp: int = 1
     context: int = 1
+    ring: int = 1
     tensor: int = 1
     slices: int = 1
 
@@ -39,7 +42,7 @@ class MeshConfig:
         """Refuses empty axes."""
         check_values(self)
         check_range(self, "data", least=0)
-        check_range(self, "fsdp", "context", "tensor", "slices", least=1)
+        check_range(self, "fsdp", "context", "ring", "tensor", "slices", least=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

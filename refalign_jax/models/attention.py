@@ -14,6 +14,9 @@ split sequence. So an all-to-all exchanges queries, keys and values from some to
 heads, and another one exchanges the result back:
 
     [B, T/context, N/tensor, K]  ⇄  [B, T, N/(tensor·context), K]
+
+The heads limit context times tensor. Beyond that, the ring axis splits the tokens further (`ring`): each of its devices
+keeps its part of the tokens, and keys and values pass by in turn.
 """
 
 from __future__ import annotations
@@ -26,21 +29,16 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
 from refalign_jax.config import AttentionKernel, AttentionTiles, DiTConfig
-from refalign_jax.sharding import BATCH, CONDITION, CONTEXT, HIDDEN, context_parts
+from refalign_jax.models.ring import Ring, ring_attention
+from refalign_jax.models.splash import ATTENTION_OUTPUT, ambient_device, heads_first, segments_of, splash_kernel
+from refalign_jax.sharding import BATCH, CONDITION, CONTEXT, HIDDEN, RING, axis_size
 from refalign_jax.types import Array, Float, Int
-
-ATTENTION_OUTPUT = "attention"
-"""Checkpoint name of what a kernel returns: the output and, from splash, the log of the sums."""
 
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
 """JAX's primitive for cuDNN's forward pass, whose log of the sums has no checkpoint name."""
-
-LANES = 128
-"""A TPU's vector width: tiles are multiples of it."""
 
 _DEFAULT_TILES = AttentionTiles()
 
@@ -66,31 +64,97 @@ def self_attention(
     Returns:
       The attended values of each stream, in its shape; padding is 0.
     """
-    padded = tuple(x.shape[1] for x in queries)
-    parts = context_parts()
+    context, ring = axis_size(CONTEXT), axis_size(RING)
 
     def local(
         queries: tuple[Array, ...], keys: tuple[Array, ...], values: tuple[Array, ...], lengths: Array | None
     ) -> tuple[Array, ...]:
-        def whole(streams: tuple[Array, ...]) -> Array:
-            if parts > 1:
-                streams = tuple(jax.lax.all_to_all(x, CONTEXT, 2, 1, tiled=True) for x in streams)
-            return jnp.concatenate([x[:, :size] for x, size in zip(streams, sizes, strict=True)], axis=1)
+        def gather(streams: tuple[Array, ...]) -> tuple[Array, ...]:
+            return streams if context == 1 else tuple(_exchange(x, 2, 1) for x in streams)
 
-        out = attention(whole(queries), whole(keys), whole(values), lengths, config.attention, config.tiles)
-        bounds = itertools.pairwise(itertools.accumulate(sizes, initial=0))
-        streams = tuple(
-            jnp.pad(out[:, a:b], ((0, 0), (0, size - (b - a)), (0, 0), (0, 0)))
-            for (a, b), size in zip(bounds, padded, strict=True)
-        )
-        if parts > 1:
-            streams = tuple(jax.lax.all_to_all(x, CONTEXT, 1, 2, tiled=True) for x in streams)
-        return streams
+        q, k, v = gather(queries), gather(keys), gather(values)
+        if ring == 1:
+            joined = _join(q, sizes), _join(k, sizes), _join(v, sizes)
+            out = attention(*joined, lengths, config.attention, config.tiles)
+            ends = sizes
+        else:
+            ends = tuple(x.shape[1] for x in q)
+            out = _ring(q, k, v, (sizes, lengths), config)
+        streams = _split(out, ends, tuple(x.shape[1] for x in q))
+        return streams if context == 1 else tuple(_exchange(x, 1, 2) for x in streams)
 
     if jax.sharding.get_abstract_mesh().empty:
         return local(queries, keys, values, lengths)
     specs = (HIDDEN, HIDDEN, HIDDEN, BATCH if lengths is not None else PartitionSpec())
     return jax.shard_map(local, in_specs=specs, out_specs=HIDDEN, check_vma=False)(queries, keys, values, lengths)
+
+
+def _exchange(x: Float[Array, "B T N K"], split: int, concat: int) -> Float[Array, "B _ _ K"]:
+    """Exchanges tokens for heads over the context axis, or back."""
+    return jax.lax.all_to_all(x, CONTEXT, split, concat, tiled=True)
+
+
+def _join(streams: tuple[Array, ...], sizes: tuple[int, ...]) -> Float[Array, "B T N K"]:
+    """One sequence of the streams' first `sizes` tokens."""
+    return jnp.concatenate([x[:, :size] for x, size in zip(streams, sizes, strict=True)], axis=1)
+
+
+def _split(x: Float[Array, "B T N K"], sizes: tuple[int, ...], padded: tuple[int, ...]) -> tuple[Array, ...]:
+    """Splits a sequence into streams of `sizes` tokens and pads each with zeros."""
+    bounds = itertools.pairwise(itertools.accumulate(sizes, initial=0))
+    return tuple(
+        jnp.pad(x[:, a:b], ((0, 0), (0, size - (b - a)), (0, 0), (0, 0)))
+        for (a, b), size in zip(bounds, padded, strict=True)
+    )
+
+
+def _ring(
+    queries: tuple[Array, ...],
+    keys: tuple[Array, ...],
+    values: tuple[Array, ...],
+    real: tuple[tuple[int, ...], Array | None],
+    config: DiTConfig,
+) -> Float[Array, "B T N K"]:
+    """Ring attention of streams of which every device of the ring axis holds an equal part; within `shard_map`.
+
+    Args:
+      queries: of each stream, this device's part.
+      keys: likewise.
+      values: likewise.
+      real: number of tokens of each whole stream without padding; number of attended tokens of each sample, or None.
+      config: names the kernel and its tiles.
+
+    Returns:
+      The streams one after the other, padding included, which is 0.
+    """
+    sizes, lengths = real
+    parts, ring = tuple(x.shape[1] for x in keys), axis_size(RING)
+    place = jax.lax.axis_index(RING)
+    starts = list(itertools.accumulate(sizes, initial=0))
+    lengths = jnp.full(queries[0].shape[0], starts[-1]) if lengths is None else lengths
+
+    def attended(device: Array, stream: int) -> Int[Array, "*device B"]:
+        """How many tokens of a device's part of a stream are attended to."""
+        whole = jnp.clip(lengths - starts[stream], 0, sizes[stream])
+        return jnp.clip(whole - device[..., None] * parts[stream], 0, parts[stream])
+
+    def packed(streams: tuple[Array, ...]) -> Array:
+        """The streams' real tokens one after the other, so that padding is a suffix."""
+        out = jnp.concatenate([streams[0], *(jnp.zeros_like(x) for x in streams[1:])], axis=1)
+        end = jnp.clip(sizes[0] - place * parts[0], 0, parts[0])
+        for stream, x in enumerate(streams[1:], start=1):
+            out = jax.lax.dynamic_update_slice_in_dim(out, x, end, axis=1)
+            end = end + jnp.clip(sizes[stream] - place * parts[stream], 0, parts[stream])
+        return out
+
+    devices = jnp.arange(ring)
+    counts = sum((attended(devices, stream) for stream in range(len(sizes))), jnp.zeros((), jnp.int32))
+    kernel = _fast_kernel(queries[0].dtype) if config.attention == "auto" else config.attention
+    assert kernel != "cudnn", "checked by sharding.check_heads"
+    how = Ring(axis=RING, kernel=kernel, tiles=config.tiles)
+    out = ring_attention(jnp.concatenate(queries, axis=1), packed(keys), packed(values), counts, how)
+    shown = jnp.concatenate([jnp.arange(part) < size - place * part for part, size in zip(parts, sizes, strict=True)])
+    return jnp.where(shown[:, None, None], out, 0)
 
 
 def cross_attention(
@@ -147,9 +211,8 @@ def attention(
 
 
 def _fast_kernel(dtype: jnp.dtype) -> AttentionKernel:
-    """The fastest kernel on the platform of the ambient mesh's devices or, without a mesh, of the default devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    platform = jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    """The fastest kernel on the ambient device's platform."""
+    platform = ambient_device().platform
     if dtype == jnp.float32:
         return "xla"
     return {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")  # type: ignore[return-value]
@@ -157,46 +220,13 @@ def _fast_kernel(dtype: jnp.dtype) -> AttentionKernel:
 
 def _splash(q: Array, k: Array, v: Array, lengths: Array | None, tiles: AttentionTiles) -> Array:
     """JAX's splash attention, a sample at a time, on sequences padded to whole tiles."""
-    (B, Q, N, K), T = q.shape, k.shape[1]
-    padded_q, padded_kv = padded_length(Q, tiles.q, tiles.backward_q), padded_length(T, tiles.kv, tiles.backward_kv)
-    backward_q, backward_kv = min(tiles.backward_q, padded_q), min(tiles.backward_kv, padded_kv)
-    blocks = splash.BlockSizes(
-        block_q=min(tiles.q, padded_q),
-        block_kv=min(tiles.kv, padded_kv),
-        block_kv_compute=min(tiles.kv_compute, padded_kv),
-        block_q_dkv=backward_q,
-        block_kv_dkv=backward_kv,
-        block_kv_dkv_compute=min(tiles.backward_kv_compute, padded_kv),
-        block_q_dq=None if tiles.fused_backward else backward_q,
-        block_kv_dq=None if tiles.fused_backward else backward_kv,
-        use_fused_bwd_kernel=tiles.fused_backward,
-    )
-    attend = splash.make_splash_mha(
-        splash.MultiHeadMask([splash.FullMask((padded_q, padded_kv))] * N),
-        block_sizes=blocks,
-        head_shards=1,
-        q_seq_shards=1,
-        residual_checkpoint_name=ATTENTION_OUTPUT,
-        interpret=_fast_kernel(jnp.dtype(jnp.bfloat16)) != "splash",
-    )
-
-    def heads_first(x: Array, size: int) -> Array:
-        return jnp.pad(x, ((0, 0), (0, size - x.shape[1]), (0, 0), (0, 0))).swapaxes(1, 2)
-
-    # Attention is within segments: segment 0 has all queries and the real keys, segment 1 the padding keys.
+    (B, Q, _, K), T = q.shape, k.shape[1]
+    attend, (padded_q, padded_kv) = splash_kernel(q, k, tiles, save_residuals=False)
     segments = None
     if lengths is not None or padded_kv != T:
-        ends = jnp.full((B,), T) if lengths is None else lengths
-        hidden = (jnp.arange(padded_kv) >= ends[:, None]).astype(jnp.int32)
-        segments = splash.SegmentIds(q=jnp.zeros((B, padded_q), jnp.int32), kv=hidden)
+        segments = segments_of(T if lengths is None else lengths, B, padded_q, padded_kv)
     scaled = (q.astype(jnp.float32) * K**-0.5).astype(q.dtype)
     out = jax.vmap(attend)(
         heads_first(scaled, padded_q), heads_first(k, padded_kv), heads_first(v, padded_kv), segments
     )
     return out.swapaxes(1, 2)[:, :Q].astype(q.dtype)
-
-
-def padded_length(tokens: int, *tiles: int) -> int:
-    """Length of a sequence padded to whole tiles: a multiple of the largest tile, or a power of two if that is less."""
-    unit = min(max(tiles), max(LANES, 1 << (tokens - 1).bit_length()))
-    return -(-tokens // unit) * unit

@@ -21,12 +21,13 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec
 
 from refalign_jax.config import DiTConfig
-from refalign_jax.models.attention import ATTENTION_OUTPUT, CUDNN_FORWARD
+from refalign_jax.models.attention import CUDNN_FORWARD
 from refalign_jax.models.block import BLOCK_INPUT, Block, FeedForward, Head, Shared, Streams
 from refalign_jax.models.condition import Condition
 from refalign_jax.models.layers import HIDDEN_OUTPUT, LINEAR_OUTPUT, Linear, init_stack
 from refalign_jax.models.rope import rotation, time_sinusoid
-from refalign_jax.sharding import BATCH, CONDITION, CONTEXT, TOKENS, constrain, context_parts, unsharded
+from refalign_jax.models.splash import ATTENTION_OUTPUT
+from refalign_jax.sharding import BATCH, CONDITION, SEQUENCE, TOKENS, axis_size, constrain, unsharded
 from refalign_jax.types import Array, Float, Params
 
 REMAT_KEEPS: dict[str, tuple[str, ...]] = {
@@ -319,10 +320,10 @@ def _keeps(config: DiTConfig) -> Callable[..., Any]:
 
 
 def _divisible(x: Float[Array, "#B T *rest"]) -> Float[Array, "#B U *rest"]:
-    """Pads axis 1, tokens, with zeros until the ambient mesh's context divides it, and splits it there."""
-    missing = -x.shape[1] % context_parts()
+    """Pads axis 1, tokens, with zeros until the ambient mesh's ring and context divide it, and splits it there."""
+    missing = -x.shape[1] % axis_size(*SEQUENCE)
     x = jnp.pad(x, ((0, 0), (0, missing), *((0, 0),) * (x.ndim - 2)))
-    return constrain(x, TOKENS if x.shape[0] > 1 else PartitionSpec(None, CONTEXT))
+    return constrain(x, TOKENS if x.shape[0] > 1 else PartitionSpec(None, SEQUENCE))
 
 
 def _cast_kernels(params: Params, dtype: jnp.dtype) -> Params:

@@ -44,12 +44,15 @@ class Instruction:
       name: what the result is called.
       opcode: such as `fusion`.
       shapes: the arrays of the result; several where it is a tuple.
+      outputs: of an instruction that starts a collective, whose result holds its operands too, the arrays that the
+        collective returns; of others, `shapes`.
       text: the whole line.
     """
 
     name: str
     opcode: str
     shapes: tuple[Shape, ...]
+    outputs: tuple[Shape, ...]
     text: str
 
     def called(self, attribute: str) -> str | None:
@@ -137,17 +140,39 @@ def compare(before: str, after: str) -> list[str]:
 
 def _instruction(name: str, line: str, rest: str) -> Instruction:
     """Parses what follows `name = `: shapes and opcode."""
-    end = 0
-    if rest.startswith("("):  # a tuple, whose layouts have brackets too
-        depth = 1
-        while depth:
-            end += 1
-            depth += (rest[end] == "(") - (rest[end] == ")")
-        end += 1
-    else:
-        end = rest.index(" ")
+    end = _closing(rest) if rest.startswith("(") else rest.index(" ")
     opcode = rest[end:].strip().partition("(")[0]
-    return Instruction(name=name, opcode=opcode, shapes=tuple(_shapes(rest[:end])), text=line)
+    shapes = tuple(_shapes(rest[:end]))
+    outputs = tuple(_shapes(_started(rest[:end], opcode))) if opcode.endswith("-start") else shapes
+    return Instruction(name=name, opcode=opcode, shapes=shapes, outputs=outputs, text=line)
+
+
+def _closing(text: str) -> int:
+    """Returns the index behind the bracket that closes the one at the text's beginning."""
+    depth = 0
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return i + 1
+    raise AssertionError(text)
+
+
+def _started(result: str, opcode: str) -> str:
+    """Returns what a collective returns, out of the result of the instruction that starts it.
+
+    The result is (operands, outputs, …), each an array or a tuple of arrays. An all-reduce may be without its operands:
+    then the result is the outputs.
+    """
+    if not result.startswith("(") or (opcode == "all-reduce-start" and not result.startswith("((")):
+        return result
+    inside = result[1:-1]
+    end = _closing(inside) if inside.startswith("(") else _SHAPE.match(inside).end()  # type: ignore[union-attr]
+    if not inside.startswith("(") and inside[end : end + 1] == "{":  # the layout
+        end = inside.index("}", end) + 1
+    rest = re.sub(r"^, (/\*index=\d+\*/)?", "", inside[end:])
+    if rest.startswith("("):
+        return rest[: _closing(rest)]
+    return _SHAPE.match(rest)[0]  # type: ignore[index]
 
 
 def _shapes(text: str) -> Iterator[Shape]:
@@ -198,9 +223,7 @@ def _trips(loop: Instruction, condition: list[Instruction]) -> int:
 
 def _received(instruction: Instruction, kind: str) -> int:
     """Returns the bytes that one device receives in a collective."""
-    sizes = [shape.bytes for shape in instruction.shapes]
-    started = instruction.opcode.endswith("-start")
-    result = max(sizes, default=0) if started and kind != "all-reduce" else sum(sizes)
+    result = sum(shape.bytes for shape in instruction.outputs)
     n = _group(instruction.text)
     if kind == "collective-permute":
         return result

@@ -10,7 +10,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from refalign_jax.config import AttentionTiles, Config
 from refalign_jax.initial import model_shapes
-from refalign_jax.perf.ahead import BOUNDS, topology_mesh
+from refalign_jax.perf.ahead import BOUNDS, GPU_LIMITS
+from refalign_jax.perf.topology import topology_mesh
 from refalign_jax.sharding import AXES, param_spec
 from refalign_jax.trees import flatten
 
@@ -23,33 +24,50 @@ def summary(report: Mapping[str, Any]) -> str:
     lines = [
         f"{report['step']} step, {report['parameters'] / 1e9:.2f}e9 parameters, on {report['topology']}"
         + (f" x {report['slices']}" if report["slices"] > 1 else "")
-        + f": {report['chips']} {report['chip']}",
+        + f": {report['devices']} devices {report['device']}"
+        + (f", {report['chips']} chips" if report["chips"] != report["devices"] else ""),
         f"mesh         {axes}; batch {report['batch']}; remat {policy}; residual {report['residual_dtype']}",
         "memory       " + ", ".join(f"{name.replace('_', ' ')} {size:.2f}" for name, size in sizes.items()) + " GiB",
         f"fits         {'yes' if report['fits'] else 'no'}"
         + (f", {100 * report['spare']:.1f}% to spare" if "spare" in report else ""),
         f"FLOPs        {work['model']:,.0f} T model, {work['hardware']:,.0f} T with what is computed twice; "
-        f"{work['hardware_a_chip']:,.1f} T per chip",
+        f"{work['hardware_a_device']:,.1f} T per device",
     ]
     if "collectives" in report:
         listed = [f"{kind} {c['count']} ({c['gb']:.2f} GB)" for kind, c in report["collectives"].items()]
         seconds = [f"{name} {report['bound_seconds'][name]:.2f}" for name in BOUNDS]
         lines += [
-            f"collectives  {', '.join(listed) or 'none'}, per chip and step",
+            f"collectives  {', '.join(listed) or 'none'}, per device and step",
             f"seconds      at least {', '.join(seconds)}; bound by {report['bound_by']}",
         ]
     busy = f" ({report['compile_cpu_seconds']:.0f} s of CPU time)" if "compile_cpu_seconds" in report else ""
-    libtpu = report["about"]["versions"]["libtpu"]
     lines.append(
-        f"compiled in  {report['compile_seconds']:.0f} s{busy}, lowered in {report['lower_seconds']:.0f} s, by libtpu "
-        f"{libtpu}"
+        f"compiled in  {report['compile_seconds']:.0f} s{busy}, lowered in {report['lower_seconds']:.0f} s, by "
+        f"{compiler(report)}"
     )
+    if report["platform"] == "gpu":
+        lines.append(f"not known    {GPU_LIMITS}")
     return "\n".join(lines)
+
+
+def compiler(report: Mapping[str, Any]) -> str:
+    """Returns the name and version of the package that compiled."""
+    versions = report["about"]["versions"]
+    names = ("libtpu",) if report["platform"] == "tpu" else ("jax-cuda13-plugin", "jax-cuda12-plugin")
+    return next(f"{name} {versions[name]}" for name in names if name in versions)
 
 
 def table(reports: Sequence[Mapping[str, Any]]) -> str:
     """Returns reports as a Markdown table, one per row."""
-    names = ("step", "batch, latents, references", "mesh", "remat, tiles", "GiB per chip", "spare", "recomputed FLOPs")
+    names = (
+        "step",
+        "batch, latents, references",
+        "mesh",
+        "remat, tiles",
+        "GiB per device",
+        "spare",
+        "recomputed FLOPs",
+    )
     rows: list[Sequence[str]] = [
         (*names, "lower bounds: compute, links", "CPU time to compile"),
         ("---",) * (len(names) + 2),
@@ -59,8 +77,10 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
         slices = f" x {report['slices']}" if report["slices"] > 1 else ""
         policy = f"`{report['remat']}`" + (" + offload" if report["offload"] else "")
         policy += ", 16-bit stream" if report["residual_dtype"] == "bfloat16" else ""
-        usual = dataclasses.asdict(AttentionTiles())
-        policy += "".join(f", {name} {value}" for name, value in report["tiles"].items() if value != usual[name])
+        usual = dataclasses.asdict(AttentionTiles(backward_kv=1024))  # what 0 chooses where memory is no concern
+        policy += "".join(
+            f", {name} {value}" for name, value in report["tiles"].items() if value not in (0, usual[name])
+        )
         seconds = report.get("bound_seconds")
         rows.append(
             (
@@ -69,7 +89,7 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
                 f"{report['batch']}, {'x'.join(map(str, report['latent_grid']))}, {report['references']}",
                 ", ".join(f"{name} {size}" for name, size in report["mesh"].items() if size > 1),
                 policy if report["step"] == "train" else "",
-                f"{sizes['total']:.1f} of {sizes['chip']:.2f}",
+                f"{sizes['total']:.1f} of {sizes['device']:.2f}",
                 f"{100 * report['spare']:.1f}%" if report["fits"] else "does not fit",
                 f"{100 * (work['hardware'] / work['model'] - 1):.0f}%",
                 f"{seconds['compute']:.1f} s, {seconds['links']:.1f} s" if seconds else "",
@@ -89,7 +109,7 @@ def parameter_table(config: Config, topology: str = "") -> str:
     if topology:
         mesh: Any = topology_mesh(config.mesh, topology)
     else:
-        sizes = (config.mesh.data or 1, config.mesh.fsdp, config.mesh.context, config.mesh.tensor)
+        sizes = tuple(getattr(config.mesh, axis) or 1 for axis in AXES)
         mesh = AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     rows, total = [], 0
     for path, x in flatten(model_shapes(config.model)).items():

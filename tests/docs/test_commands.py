@@ -10,6 +10,8 @@ from support.pages import CODE_SPAN, FENCE, pages, prose
 from support.places import ROOT, environment
 
 COMMAND = re.compile(r"\bpython (tools/\w+\.py)([^`;|&)]*)")
+WITH_COMMANDS = ("tools/convert.py", "tools/benchmark_sources.py")
+"""Tools whose first argument is the name of a command."""
 
 
 def _commands() -> dict[tuple[str, str], set[str]]:
@@ -25,7 +27,7 @@ def _commands() -> dict[tuple[str, str], set[str]]:
             for tool, rest in COMMAND.findall(re.sub(r"\\\n", " ", text)):
                 words = re.sub(r"\s#.*", "", rest.split("\n")[0]).replace("[", " ").replace("]", " ").split()
                 first = words[0] if words and not words[0].startswith(("-", "…")) else ""
-                kept = first if first.endswith(".py") or tool == "tools/convert.py" else ""
+                kept = first if first.endswith(".py") or tool in WITH_COMMANDS else ""
                 if tool == "tools/prepare.py":
                     kept = first if first in ("opens2v", "phantom") else "jsonl"
                 found[tool, kept] |= {word.split("=")[0] for word in words if word.startswith("--")}

@@ -148,7 +148,7 @@ def hold(folder):
 
 REPORT = {
     "topology": "v5e:2x2",
-    "memory_gib": {"total": 1.0, "chip": 2.0},
+    "memory_gib": {"total": 1.0, "device": 2.0},
     "tiles": {},
     "tflops": {"hardware": 2, "model": 1},
     "bound_seconds": {"compute": 1.0, "links": 1.0},

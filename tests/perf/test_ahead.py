@@ -32,8 +32,8 @@ def compiled(tmp_path_factory):
 
 def test_a_training_step_for_a_slice_that_is_not_there(compiled):
     report, _, printed = compiled
-    assert (report["chips"], report["chip"], report["fits"]) == (4, "TPU v5 lite", True)
-    assert report["mesh"] == {"data": 1, "fsdp": 2, "context": 2, "tensor": 1}
+    assert (report["devices"], report["device"], report["fits"]) == (4, "TPU v5 lite", True)
+    assert report["mesh"] == {"data": 1, "fsdp": 2, "context": 2, "ring": 1, "tensor": 1}
     assert 0 < report["memory_gib"]["arguments"] < report["memory_gib"]["total"] < 1
     assert report["collectives"].keys() >= {"all-gather", "all-to-all"}
     assert printed.strip() == summary(report)
@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_reported_with_what_it_needs(tmp_path):
     assert done.returncode == 1, done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert not report["fits"]
-    assert report["memory_gib"]["total"] > report["memory_gib"]["chip"]
+    assert report["memory_gib"]["total"] > report["memory_gib"]["device"]
     assert "fits         no" in done.stdout
     assert "does not fit" in table([report])
 

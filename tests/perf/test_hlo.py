@@ -98,3 +98,31 @@ def test_two_programs_are_compared():
     assert hlo.compare(TPU, TPU) == ["The programs have the same instructions and collectives."]
     shorter = TPU.replace("constant(5)", "constant(4)")
     assert any(re.match(r"all-to-all: 10 of .* → 8 of", line) for line in hlo.compare(TPU, shorter))
+
+
+STARTS = """HloModule test
+
+ENTRY %main (a: f32[2,4], b: bf16[2,4]) -> f32[8,4] {
+  %a = f32[2,4]{1,0} parameter(0)
+  %b = bf16[2,4]{1,0} parameter(1)
+  %one = (f32[2,4]{1,0}, f32[8,4]{1,0:T(8,128)}) all-gather-start(%a), channel_id=1, G
+  %two = ((f32[2,4], /*index=1*/bf16[2,4]), (f32[8,4]{1,0}, bf16[8,4]{1,0})) all-gather-start(%a, %b), channel_id=2, G
+  %three = ((f32[8,4], f32[8,4]), (f32[2,4]{1,0}, f32[2,4]{1,0})) reduce-scatter-start(%c, %d), channel_id=3, G
+  %four = ((f32[8]{0}), f32[8]{0}) all-reduce-start(%e), channel_id=4, G
+  %five = (f32[8]{0}, f32[8]{0}) all-reduce-start(%e, %f), channel_id=5, G
+  %six = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%e), channel_id=6, source_target_pairs={{0,1}}
+  ROOT %done = f32[8,4]{1,0} all-gather-done(%one)
+}
+"""
+"""As compilers write collectives that run beside other work: operands, then results."""
+
+
+def test_started_collectives_count_their_results_alone():
+    moved = hlo.collectives(hlo.parse(STARTS.replace(" G\n", " replica_groups=[1,4]<=[4]\n")))
+    assert moved.count == {"all-gather": 2, "reduce-scatter": 1, "all-reduce": 2, "collective-permute": 1}
+    assert moved.received == {
+        "all-gather": 3 * 32 + (3 * 32 + 3 * 16),
+        "reduce-scatter": 2 * 32 * 3,
+        "all-reduce": 2 * 24 + 2 * 48,
+        "collective-permute": 32,
+    }

@@ -22,7 +22,7 @@ from refalign_jax import command
 from refalign_jax.config import Config, DataConfig, Storage, TrainConfig
 from refalign_jax.data.overview import inspect_dataset
 from refalign_jax.data.shard_writer import ShardWriter
-from refalign_jax.perf.ahead import topology_mesh
+from refalign_jax.perf.topology import topology_mesh
 from refalign_jax.report import page
 from refalign_jax.report.content import Section
 

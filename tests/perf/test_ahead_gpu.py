@@ -1,0 +1,89 @@
+"""Compilation for NVIDIA GPUs on a host without one: reports are right, impossible settings are refused."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from support.places import ROOT, TESTS, environment
+
+pytest.importorskip("jax_cuda13_plugin")
+
+from refalign_jax.config import MeshConfig
+from refalign_jax.perf import hlo
+from refalign_jax.perf.tables import summary
+from refalign_jax.perf.topology import GPUS, topology_mesh
+
+COMMAND = [sys.executable, str(ROOT / "tools/compile.py"), str(TESTS / "support/ahead_recipe.py")]
+SIXTEEN_BIT = ("--model.dit.compute-dtype", "bfloat16")
+
+
+def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    known = {name: value for name, value in environment().items() if name != "XLA_FLAGS"} | variables
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, env=known, check=False)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The report, the program and what was printed for two blocks on four GPUs with a context of two."""
+    folder = tmp_path_factory.mktemp("ahead")
+    done = run("--topology", "h100:4", *SIXTEEN_BIT, "--json", str(folder / "report.json"), "--dump", str(folder))
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "report.json").read_text()), (folder / "optimized.hlo.txt").read_text(), done.stdout
+
+
+def test_a_training_step_for_gpus_that_are_not_there(compiled):
+    report, text, printed = compiled
+    assert (report["devices"], report["device"], report["platform"]) == (4, "NVIDIA H100", "gpu")
+    assert report["memory_gib"]["device"] == pytest.approx(0.75 * 79.11, abs=0.01)
+    assert 0 < report["memory_gib"]["arguments"] < report["memory_gib"]["total"] < 1
+    assert report["collectives"].keys() >= {"all-gather", "all-to-all"}
+    assert printed.strip() == summary(report)
+    assert "cuDNN is not asked" in printed
+    kernels = hlo.kernels(hlo.parse(text))
+    assert any(name.startswith("__cudnn$fmha") and "Backward" in name for name in kernels), kernels
+
+
+def test_memory_is_compared_with_the_share_that_jax_takes():
+    done = run("--topology", "h100:4", *SIXTEEN_BIT, XLA_PYTHON_CLIENT_MEM_FRACTION="0.0002")
+    assert done.returncode == 1, done.stderr
+    assert "fits         no" in done.stdout
+    done = run("--topology", "h100:4", *SIXTEEN_BIT, XLA_PYTHON_CLIENT_MEM_FRACTION="most")
+    assert done.returncode == 2
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION='most' is not a share" in done.stderr
+
+
+@pytest.mark.parametrize("kind", GPUS)
+def test_bytes_of_collectives_are_those_of_a_counted_program(kind):
+    """Two weights are gathered together, and their gradients scattered together."""
+    mesh = topology_mesh(MeshConfig(fsdp=8), f"{kind}:8")
+    assert (mesh.size, mesh.devices.flat[0].device_kind) == (8, GPUS[kind].name)
+
+    def gradients(x, a, b):
+        return jax.grad(lambda ab: jnp.sum(jnp.tanh(x @ ab[0]) @ ab[1]))((a, b))
+
+    split = NamedSharding(mesh, PartitionSpec("fsdp"))
+    shapes = [jax.ShapeDtypeStruct(size, jnp.float32, sharding=split) for size in ((64, 256), (256, 512), (512, 128))]
+    compiled = jax.jit(gradients, out_shardings=(split, split)).lower(*shapes).compile()
+    moved = hlo.collectives(hlo.parse(compiled.as_text()))
+    weights = 4 * (256 * 512 + 512 * 128)
+    assert moved.received["all-gather"] == pytest.approx(weights * 7 // 8, rel=0.02)
+    assert moved.received.get("reduce-scatter", 0) + moved.received.get("all-reduce", 0) // 2 == pytest.approx(
+        weights * 7 // 8, rel=0.02
+    )
+
+
+def test_what_gpus_do_not_have_is_refused():
+    for arguments, sentence in (
+        (("--topology", "h100:2x2x2"), "GPUs are hosts x GPUs per host"),
+        (("--topology", "h100:8", "--mesh.slices", "2"), "slices are of TPUs alone"),
+        (("--topology", "h100:8", "--mesh.data", "1"), "is not the number of devices, 8"),
+        (("--topology", "gh200:4"), "GPUs: a100, h100, h200, b200, gb200"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2, done.stdout
+        assert sentence in done.stderr
+        assert "Traceback" not in done.stderr
