@@ -28,7 +28,7 @@ def write_gallery(folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
       OSError: it can't be written.
     """
     shown = [_shown(entry) for entry in entries if (folder / entry["video"]).is_file()]
-    write_text(folder / GALLERY, _environment().get_template(GALLERY).render(videos=shown, folder=folder.name))
+    write_text(folder / GALLERY, _environment().get_template(GALLERY).render(videos=shown))
 
 
 def _shown(entry: Mapping[str, Any]) -> dict[str, Any]:
