@@ -9,6 +9,9 @@ time. `decode` reads clips and references as preparation does, in turns with PyA
 and converts the same frames to RGB at the same size, and with decord and torchcodec where they are installed.
 """
 
+from refalign_jax.command import run
+
+# isort: split
 import dataclasses
 import importlib.util
 import io
@@ -29,7 +32,6 @@ import numpy as np
 import tyro
 from tyro.conf import Positional
 
-from refalign_jax.command import run
 from refalign_jax.config import PrepareConfig
 
 FORMS = ("json", "zip", "parquet", "tar")

@@ -68,12 +68,18 @@ def write_dataset_page(dataset: str, out: Path, rows: int) -> None:
         cards = [_card(source, index, codec, Path(folder) / "clip.mp4") for index in tqdm(indices, "examples", delay=5)]
     examples = render("examples.html", cards=cards, total=manifest.num_examples)
     skipped = render("skipped.html", rows=_skipped(dataset, manifest.num_examples))
+    made = render("about.html", facts=_facts(manifest), recipe=_pretty(manifest.made))
     page = render(
         "page.html",
         title=f"Prepared dataset {Path(dataset).name}",
         summary=_summary(manifest),
-        about=render("about.html", facts=_facts(manifest), recipe=_pretty(manifest.made)),
-        sections=[("examples", "Examples", Section(html=examples)), ("skipped", "Left out", Section(html=skipped))],
+        paragraphs=(),
+        pictures=(),
+        sections=[
+            ("examples", "Examples", Section(html=examples)),
+            ("skipped", "Left out", Section(html=skipped)),
+            ("set-up", "Set-up", Section(html=made)),
+        ],
         made=about(),
     )
     write_text(out, page)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from markupsafe import Markup
 
 from refalign_jax.atomic import write_text
 from refalign_jax.provenance import about
@@ -68,7 +67,9 @@ def check_page(out: Path) -> None:
 
 
 def _write(out: Path, title: str, summary: str, sections: Sequence[tuple[str, str, Section]]) -> None:
-    page = render("page.html", title=title, summary=summary, about=Markup(), sections=sections, made=about())
+    page = render(
+        "page.html", title=title, summary=summary, paragraphs=(), pictures=(), sections=sections, made=about()
+    )
     write_text(out, page)
 
 

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from refalign_jax import config as package
-from refalign_jax.config import AugmentConfig, Config, DataConfig, DiTConfig, GenerateConfig, PrepareConfig, TrainConfig
+from refalign_jax.config import AugmentConfig, Config, DataConfig, DiTConfig, GenerateConfig, TrainConfig
 
 ENCODERS = {"vae": "dct", "text_encoder": "words", "vfm": "daisy"}
 CONFIGS = [kind for name in package.__all__ if dataclasses.is_dataclass(kind := getattr(package, name))]
 
 
 def required(kind: type) -> dict[str, str]:
-    return ENCODERS if kind is PrepareConfig else {}
+    """Values of the fields that have no default."""
+    given = {"PrepareConfig": ENCODERS, "OpenS2VConfig": {"videos": "v"}}
+    return given.get(kind.__name__, {"videos": "v", "metadata": "m"} if kind.__name__ == "PhantomConfig" else {})
 
 
 def fields_of(*wanted: type) -> list[tuple[type, str, typing.Any]]:

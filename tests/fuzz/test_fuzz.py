@@ -51,7 +51,8 @@ FEWER = {"index of a checkpoint": 60, "model of a checkpoint": 60, "tokenizer": 
 
 def report(folder):
     run = read_run(folder)
-    sections.about(run)
+    sections.set_up(run)
+    sections.pictures(run)
     sections.evaluation(run.evaluation)
     sections.by_subject(run.samples)
     for name in ("loss", "held_out_loss", "seconds"):
@@ -148,6 +149,7 @@ def hold(folder):
 
 REPORT = {
     "topology": "v5e:2x2",
+    "devices": 4,
     "memory_gib": {"total": 1.0, "device": 2.0},
     "tiles": {},
     "tflops": {"hardware": 2, "model": 1},

@@ -72,7 +72,7 @@ def test_faults_are_one_sentence_and_an_exit_code(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(TOOLS.parent)})
     assert done.returncode != 0
     assert len(done.stderr.splitlines()) == 1
-    assert "manifest.json can't be read" in done.stderr
+    assert "manifest.json does not exist" in done.stderr
 
 
 def test_verify_names_the_shard_that_changed(dataset):

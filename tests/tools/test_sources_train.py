@@ -56,6 +56,8 @@ def test_both_sources_and_their_mixture_train(tmp_path):
         2,
         "--data.held-out",
         0,
+        "--train.held-out-every",
+        0,
     )
     for name, data in (("a", ("path", first)), ("b", ("path", second)), ("c", ("mix", first, 6, second, 4))):
         chosen = (f"--data.{data[0]}", *data[1:])

@@ -61,13 +61,14 @@ def test_the_measured_spread_is_stricter_than_the_model(tmp_path):
 
 
 def test_weights_are_compared_layer_by_layer_ours_with_theirs(tmp_path):
+    from refalign_jax.config import ExportConfig
     from refalign_jax.convert.transfer import export_weights
 
     a, b = tmp_path / "a", tmp_path / "b"
     (a / "checkpoints").mkdir(parents=True)
     b.mkdir()
     save_params(a / "checkpoints" / "3", tiny.params(), tiny.MODEL)
-    export_weights(a / "checkpoints" / "3", b / "step-3.safetensors", projectors=True)
+    export_weights(a / "checkpoints" / "3", b / "step-3.safetensors", ExportConfig(projectors=True))
     assert compare_runs(a, b).code == 0
     metadata = None
     with (b / "step-3.safetensors").open("rb") as file:
