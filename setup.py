@@ -68,7 +68,7 @@ setup(
         "evaluate": ["opencv-python-headless>=4.10,<6"],  # motion amplitude: tools/evaluate.py
         "ray": ["ray[data]>=2.51,<3"],  # preparation on several machines: tools/prepare.py --engine ray
         "background": ["rembg[cpu]>=2.0.60,<3"],  # removes the background of references: tools/sample.py
-        "ahead-gpu": ["jax-cuda13-plugin"],  # compiles for NVIDIA GPUs that are not present; of jax's own version
+        "ahead-gpu": ["jax-cuda13-plugin", "nvidia-cudnn-cu13"],  # compiles for NVIDIA GPUs that are not present
         "parity": ["torch==2.13.0", "diffusers>=0.40,<0.43", "ftfy>=6.2,<7"],  # tests against other frameworks' models
         "data": DATA,  # reads OpenS2V-5M and Phantom-Data
         "dev": [  # tests, lint, types, wheels

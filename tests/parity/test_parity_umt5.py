@@ -96,7 +96,7 @@ def pieces(tmp_path_factory):
 
     text, prefix = tmp_path_factory.mktemp("pieces") / "text.txt", tmp_path_factory.mktemp("pieces") / "pieces"
     text.write_text("\n".join([*ODD, *(chr(i) + chr(i + 1) for i in range(33, 500))] * 3), encoding="utf-8")
-    settings = {"vocab_size": 700, "character_coverage": 1.0, "byte_fallback": True, "hard_vocab_limit": False}
+    settings = {"vocab_size": 800, "character_coverage": 1.0, "byte_fallback": True, "hard_vocab_limit": False}
     sentencepiece.SentencePieceTrainer.train(
         input=str(text), model_prefix=str(prefix), normalization_rule_name="nmt_nfkc", minloglevel=2, **settings
     )

@@ -67,7 +67,7 @@ def test_a_sweep_ranks_the_meshes_that_fit(tmp_path):
     assert done.returncode == 0, done.stderr
     reports = json.loads((tmp_path / "reports.json").read_text())
     sizes = [tuple(report["mesh"][name] for name in ("fsdp", "context", "tensor")) for report in reports]
-    assert sizes == [(2, 1, 2), (2, 2, 1)], "two examples and two heads leave no others"
+    assert sizes == [(2, 2, 1), (2, 1, 2)], "two examples and two heads leave no others"
     assert {report["remat"] for report in reports} == {"none"}, "the first policy fits"
     assert "2 fit; the fastest by its bounds first:" in done.stdout
     assert run("--table", str(tmp_path / "reports.json")).stdout.strip() == table(reports)
@@ -80,7 +80,10 @@ def test_what_does_not_fit_each_other_is_refused_before_compiling():
         (("--topology", "v5e:2x2", "--mesh.fsdp", "1", "--mesh.context", "4"), "num_heads=2 is not divisible"),
         ((), "Name a topology"),
         (("--table", "benchmarks/none.json"), "benchmarks/none.json does not exist"),
-        (("--table", str(ROOT / "benchmarks/2026-11-26-cpu-train.json")), "it lacks memory_gib, tiles, topology"),
+        (
+            ("--table", str(ROOT / "benchmarks/2026-11-26-cpu-train.json")),
+            "it lacks devices, memory_gib, tiles, topology",
+        ),
     ):
         done = run(*arguments)
         assert done.returncode == 2, done.stdout
