@@ -21,7 +21,7 @@ def run(*arguments):
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env=environment(JAX_PLATFORMS="cpu"),
+        env=environment(JAX_PLATFORMS="cpu", XLA_FLAGS=""),  # one device
         capture_output=True,
         text=True,
     )
