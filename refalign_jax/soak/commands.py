@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def contents(name: str, place: Path) -> dict[str, Any]:
     """What a command wrote into a folder: the bytes of each file by its name.
 
     Of a checkpoint it is the bytes of the arrays and the configuration, since Orbax names its files at random; in a
-    dataset's manifest, command and time are left out. The cache of digests is no result.
+    dataset's manifest and in a page's footer, command and time are left out. The cache of digests is no result.
     """
     files = [path for path in place.rglob("*") if path.is_file() and path.name != CACHE]
     found: dict[str, Any] = {path.relative_to(place).as_posix(): path.read_bytes() for path in files}
@@ -123,6 +124,8 @@ def contents(name: str, place: Path) -> dict[str, Any]:
         found = {path: value for path, value in found.items() if not path.startswith("checkpoint/")}
         found |= {path: np.asarray(value).tobytes() for path, value in flatten(params).items()}
         found["config"] = config
+    for path in [path for path in found if path.endswith(".html")]:
+        found[path] = re.sub(rb"<footer>.*?</footer>", b"", found[path], flags=re.DOTALL)
     if MANIFEST in found:
         manifest = json.loads(found[MANIFEST])
         del manifest["sha256"], manifest["made"]["command"], manifest["made"]["time"]
