@@ -230,8 +230,8 @@ def test_heads_that_no_file_states_are_asked_for(tmp_path):
 
 
 def test_a_torch_program_computes_the_values_dumped_in_training(tmp_path):
-    train(runs.recipe(tmp_path, steps=3, save_every=3, held_out_every=0, preview_every=0, verify_dump=(1,)))
-    folder = tmp_path / "verify" / "step-00000001"
+    train(runs.recipe(tmp_path, steps=3, save_every=3, held_out_every=0, preview_every=0, verify_dump=(3,)))
+    folder = tmp_path / "verify" / "step-00000003"
     model = theirs.RefAlign({**CONFIG, "num_layers": 3, "align_blocks": 3})
     model.load_state_dict(load_file(folder / "weights.safetensors"))
     with np.load(folder / "values.npz") as file:
