@@ -13,6 +13,7 @@ allows, which is less than what is built in.
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 
 GIB = 2**30
@@ -98,6 +99,28 @@ def peak_flops(device_kind: str) -> float | None:
     """Operations a second of one device in bfloat16; None where the table doesn't know it."""
     known = chip(device_kind)
     return None if known is None else known.tflops * 1e12
+
+
+MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+"""Environment variable with the share of a GPU's memory that JAX takes."""
+
+
+def memory_fraction() -> float:
+    """Returns the share of a GPU's memory that JAX takes, 0.75 unless the environment says otherwise.
+
+    Source of the default: JAX's page "GPU memory allocation".
+
+    Raises:
+      ValueError: the variable is not a share; the CUDA plugin would fail to start, with another message.
+    """
+    given = os.environ.get(MEMORY_FRACTION, "0.75")
+    try:
+        fraction = float(given)
+    except ValueError:
+        fraction = -1.0
+    if not 0 < fraction <= 1:
+        raise ValueError(f"{MEMORY_FRACTION}={given!r} is not a share of the memory; give one such as 0.92.")
+    return fraction
 
 
 def check_backend() -> None:

@@ -28,7 +28,7 @@ from tyro.conf import arg
 
 from refalign_jax.atomic import write_text
 from refalign_jax.config import Config
-from refalign_jax.devices import NO_TPU
+from refalign_jax.devices import NO_TPU, memory_fraction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,7 @@ def main(arguments: list[str], prog: str) -> int:
     if given.compare or given.table:
         print(_compared(given.compare) if given.compare else _table(given.table))
         return 0
+    memory_fraction()  # JAX's plugins do not start with a wrong one
     from refalign_jax.perf import ahead, tables
 
     if given.parameters:

@@ -7,6 +7,9 @@
 Stopped at any moment and started again, it continues.
 """
 
+from refalign_jax.command import log_progress, run
+
+# isort: split
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +17,6 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, arg
 
-from refalign_jax.command import log_progress, run
 from refalign_jax.config import DemoConfig, read_recipe
 
 

@@ -10,6 +10,9 @@ amplitude is computed and added to it; with --clip and --aesthetic-head the aest
 is named, and then there is no total.
 """
 
+from refalign_jax.command import OutputFile, run
+
+# isort: split
 import dataclasses
 import json
 from pathlib import Path
@@ -19,7 +22,6 @@ import tyro
 from tyro.conf import Positional, arg
 
 from refalign_jax.atomic import write_text
-from refalign_jax.command import OutputFile, run
 
 Given = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="(default: not computed)")]
 
@@ -93,6 +95,7 @@ def _compute(scores: Path, ids: tuple[str, ...], given: Arguments) -> None:
         return
     from refalign_jax.digests import Digests
     from refalign_jax.evaluate import compute, tasks
+    from refalign_jax.locks import exclusive
 
     wanted = []
     if given.videos is not None:
@@ -102,8 +105,7 @@ def _compute(scores: Path, ids: tuple[str, ...], given: Arguments) -> None:
             wanted.append(tasks.aesthetic(found, given.clip, given.aesthetic_head))
     if given.faces is not None and given.face_model is not None:
         wanted.append(tasks.faces(given.faces, given.face_model, ids))
-    scores.mkdir(parents=True, exist_ok=True)
-    with Digests(scores) as digests:
+    with exclusive(scores, "tools/evaluate.py"), Digests(scores) as digests:
         for task in wanted:
             count = compute.compute(task, scores, digests)
             print(f"{task.file}: {count} computed, {len(task.inputs) - count} kept.")

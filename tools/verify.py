@@ -10,6 +10,9 @@ an unknown name, 3 if those that could be compared agree. With --runs, metrics a
 compared step by step, and the exit code is 1 if they are farther apart than rounding explains.
 """
 
+from refalign_jax.command import OutputFile, run
+
+# isort: split
 import dataclasses
 import sys
 from pathlib import Path
@@ -17,8 +20,6 @@ from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg
-
-from refalign_jax.command import OutputFile, run
 
 Weights = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="(default: those in the folder)")]
 

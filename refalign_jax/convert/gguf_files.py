@@ -52,7 +52,7 @@ def open_gguf(path: Path) -> Tensors:
         from gguf import GGMLQuantizationType, GGUFReader
     except ImportError as error:
         raise ValueError(
-            f"{path} is a GGUF file; reading it needs the package gguf: pip install 'refalign-jax[gguf]', or give the "
+            f"{path} is a GGUF file; reading it needs the package gguf: pip install -e '.[gguf]', or give the "
             "same model as safetensors."
         ) from error
     try:

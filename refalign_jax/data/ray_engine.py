@@ -36,7 +36,7 @@ try:
     from ray.data.block import BlockMetadata
 except ModuleNotFoundError as error:
     raise ValueError(
-        f"The package {error.name} is not installed; install what --engine ray needs: pip install 'refalign-jax[ray]'."
+        f"The package {error.name} is not installed; install what --engine ray needs: pip install -e '.[ray]'."
     ) from error
 
 

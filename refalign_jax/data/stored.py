@@ -58,7 +58,7 @@ def need(package: str) -> ModuleType:
     except ModuleNotFoundError as error:
         name = package.split(".")[0]
         raise ValueError(
-            f"The package {name} is not installed; install what real data needs: pip install 'refalign-jax[data]'."
+            f"The package {name} is not installed; install what real data needs: pip install -e '.[data]'."
         ) from error
 
 

@@ -1,7 +1,7 @@
 """Removal of the background of a picture behind one small interface, so that a subject comes on white.
 
-The model was trained with subjects cut out. The one implementation is that of rembg (`pip install
-'refalign-jax[background]'`), which runs BiRefNet and others by ONNX Runtime and fetches their weights on first use.
+The model was trained with subjects cut out. The one implementation is that of rembg (`pip install -e
+'.[background]'`), which runs BiRefNet and others by ONNX Runtime and fetches their weights on first use.
 """
 
 from __future__ import annotations

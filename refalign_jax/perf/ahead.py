@@ -93,15 +93,23 @@ def compile_ahead(
       program.
 
     Raises:
-      ValueError: the topology or its chip is not known, or mesh, batch and heads do not fit each other.
+      ValueError: the topology or its chip is not known, cuDNN's library is missing for GPUs, or mesh, batch and heads
+        do not fit each other.
     """
     mesh = topology_mesh(config.mesh, topology)
     known, gpu = known_chip(mesh, topology), is_gpu(mesh)
     usable, options = usable_gib(mesh, known), XLA_FLAGS["gpu" if gpu else "tpu"] if flags else {}
     report = describe(config, mesh, known, topology, step) | {"flags": dict(options), "about": about()}
     began = time.perf_counter()
-    with progress(f"lowering the {step} step"):
-        lowered = lower(config, mesh, step)
+    try:
+        with progress(f"lowering the {step} step"):
+            lowered = lower(config, mesh, step)
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise ValueError(
+            f"--topology {topology!r} needs cuDNN's library ({error}): pip install -e '.[ahead-gpu]'."
+        ) from error
     report["lower_seconds"] = round(time.perf_counter() - began, 1)
     began, busy = time.perf_counter(), time.process_time()
     try:

@@ -24,7 +24,7 @@ def summary(report: Mapping[str, Any]) -> str:
     lines = [
         f"{report['step']} step, {report['parameters'] / 1e9:.2f}e9 parameters, on {report['topology']}"
         + (f" x {report['slices']}" if report["slices"] > 1 else "")
-        + f": {report['devices']} devices {report['device']}"
+        + f": {report['devices']} x {report['device']}"
         + (f", {report['chips']} chips" if report["chips"] != report["devices"] else ""),
         f"mesh         {axes}; batch {report['batch']}; remat {policy}; residual {report['residual_dtype']}",
         "memory       " + ", ".join(f"{name.replace('_', ' ')} {size:.2f}" for name, size in sizes.items()) + " GiB",

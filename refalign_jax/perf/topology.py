@@ -1,13 +1,12 @@
 """Devices that need not be present: TPU slices and NVIDIA GPUs, as their compilers know them.
 
 libtpu compiles for a TPU slice by name. XLA compiles for an NVIDIA GPU from a description of it, which `GPUS` holds.
-JAX's CUDA plugin contains that compiler; neither a GPU nor the CUDA libraries need to be installed.
+JAX's CUDA plugin contains that compiler. Beside it cuDNN's library is needed, whose version JAX asks for; a GPU is not.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,16 +15,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from refalign_jax.config import MeshConfig
-from refalign_jax.devices import GIB, Chip, chip
+from refalign_jax.devices import GIB, Chip, chip, memory_fraction
 from refalign_jax.sharding import make_mesh
 
 EXAMPLES = "v5p:4x4x4, tpu7x:2x2x1 or h100:8"
-
-MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-"""Environment variable with the share of a GPU's memory that JAX takes."""
-
-DEFAULT_MEMORY_FRACTION = 0.75
-"""The share without that variable (JAX's page "GPU memory allocation")."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,16 +227,9 @@ def usable_gib(mesh: Mesh, known: Chip) -> float:
     A TPU's compiler refuses what needs more. A GPU's does not, so that JAX's share of the memory is the limit.
 
     Raises:
-      ValueError: XLA_PYTHON_CLIENT_MEM_FRACTION is not a share.
+      ValueError: see `devices.memory_fraction`.
     """
     if not is_gpu(mesh):
         return known.hbm_gib
-    given = os.environ.get(MEMORY_FRACTION, str(DEFAULT_MEMORY_FRACTION))
-    try:
-        fraction = float(given)
-    except ValueError:
-        fraction = -1.0
-    if not 0 < fraction <= 1:
-        raise ValueError(f"{MEMORY_FRACTION}={given!r} is not a share of the memory; give one such as 0.92.")
     named = next((gpu for gpu in GPUS.values() if gpu.name == mesh.devices.flat[0].device_kind), None)
-    return round(fraction * (named.memory / GIB if named else known.hbm_gib), 2)
+    return round(memory_fraction() * (named.memory / GIB if named else known.hbm_gib), 2)

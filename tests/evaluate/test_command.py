@@ -5,6 +5,7 @@ import json
 import pytest
 
 from refalign_jax.command import load
+from refalign_jax.locks import exclusive
 
 FILES = {"gmescore": {"a": {"gme_score": 0.7}}, "naturalscore_1": {"a": "4"}}
 
@@ -42,3 +43,10 @@ def test_the_table_is_printed_and_written(folder, capsys):
 def test_wrong_arguments_are_one_sentence(folder, arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         load("evaluate")([str(folder), *arguments], "evaluate")
+
+
+def test_a_folder_of_scores_has_one_writer(folder):
+    pytest.importorskip("cv2")
+    (folder / "a.mp4").touch()
+    with exclusive(folder, "another"), pytest.raises(ValueError, match="is in use"):
+        load("evaluate")([str(folder), "--videos", str(folder)], "evaluate")

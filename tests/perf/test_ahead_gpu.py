@@ -51,6 +51,9 @@ def test_memory_is_compared_with_the_share_that_jax_takes():
     done = run("--topology", "h100:4", *SIXTEEN_BIT, XLA_PYTHON_CLIENT_MEM_FRACTION="0.0002")
     assert done.returncode == 1, done.stderr
     assert "fits         no" in done.stdout
+    done = run("--topology", "h100:4", *SIXTEEN_BIT, XLA_PYTHON_CLIENT_MEM_FRACTION="most")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: XLA_PYTHON_CLIENT_MEM_FRACTION='most' is not a share of the memory")
 
 
 @pytest.mark.parametrize("kind", GPUS)

@@ -3,6 +3,7 @@ there."""
 
 import ast
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -74,7 +75,7 @@ def test_ctrl_c_during_the_imports_ends_in_a_sentence(tmp_path):
     assert "leave" not in done.stdout
 
 
-@pytest.mark.parametrize("name", sorted({*command.command_names()} - {"demo", "evaluate", "verify"}))
+@pytest.mark.parametrize("name", command.command_names())
 def test_every_command_imports_that_first(name):
     body = ast.parse((command.TOOLS / f"{name}.py").read_text()).body
     modules = [node.module for node in body if isinstance(node, ast.ImportFrom)]
@@ -122,7 +123,8 @@ def test_a_backend_that_is_not_there():
     given = [sys.executable, str(ROOT / "tools/train.py"), "tiny", "--train.folder", "/proc/none"]
     done = subprocess.run(given, capture_output=True, text=True, env=environment(JAX_PLATFORMS="cuda"), check=False)
     assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+    if not importlib.util.find_spec("jax_cuda13_plugin"):  # JAX logs its own traceback where the plugin finds no GPU
+        assert "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: JAX can't use its devices")
 
 

@@ -127,8 +127,7 @@ def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch):
     )
     assert done.returncode == 2
     assert done.stderr == (
-        "error: The package pycocotools is not installed; "
-        "install what real data needs: pip install 'refalign-jax[data]'.\n"
+        "error: The package pycocotools is not installed; install what real data needs: pip install -e '.[data]'.\n"
     )
 
 
