@@ -262,8 +262,8 @@ def _encode(path: str, frames: UInt8[np.ndarray, "T h w 3"], fps: float, style: 
         stream = container.add_stream("libx264", rate=fractions.Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        # B-frames that others refer to would make the bits of some small videos vary: x264 then reads unset memory.
-        stream.options = {"crf": str(quality), "preset": "medium", "x264-params": "b-pyramid=none"}
+        # With B-frames that others refer to, and with its tree of macroblocks, x264 reads unset memory: the bits vary.
+        stream.options = {"crf": str(quality), "preset": "medium", "x264-params": "b-pyramid=none:mbtree=0"}
         context = stream.codec_context
         context.thread_count = 1
         context.flags |= av.codec.context.Flags.bitexact

@@ -11,6 +11,7 @@ devices hold, then writes in the background. convert/checkpoint.py reads the par
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -68,6 +69,8 @@ class Checkpoints:
 
     def __init__(self, folder: PathLike, keep: int, verify: bool = True) -> None:
         check_backend()
+        # Where one write fails others do too, and asyncio would print their tracebacks beside our sentence.
+        logging.getLogger("asyncio").addFilter(_was_retrieved)
         self.folder = absolute(folder)
         self._verify = verify
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
@@ -187,3 +190,8 @@ class Checkpoints:
             raise OSError(
                 f"A checkpoint could not be written to {self.folder} ({first_line(error)}); {good}."
             ) from error
+
+
+def _was_retrieved(record: logging.LogRecord) -> bool:
+    """Whether a message of asyncio is not about the error of a task that nobody waited for."""
+    return "never retrieved" not in record.getMessage()

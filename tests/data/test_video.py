@@ -1,9 +1,13 @@
 """Files to pixels and back, and every way in which files are not what they should be."""
 
+import subprocess
+import sys
+
 import av
 import numpy as np
 import pytest
 from support.footage import panned, photograph
+from support.places import ROOT, environment
 
 from refalign_jax.data.video import cut_out, probe, read_frames, to_float, to_pixels, write_latents, write_video
 from refalign_jax.encoders.dct import DCTCodec
@@ -50,6 +54,30 @@ def test_same_frames_give_the_same_bytes_and_replace_the_file(clip, tmp_path):
     write_video(clip, panned("cat", 3), fps=12.5)
     assert probe(clip).num_frames == 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again.mp4", "clip.mp4"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone fills memory on demand")
+def test_the_bytes_of_a_video_do_not_depend_on_what_memory_held(tmp_path):
+    """glibc fills each block of memory that it hands out; an encoder that reads it unset would write other bytes."""
+    code = """
+import hashlib, sys
+import numpy as np
+from refalign_jax.data.video import write_video
+rng, digest = np.random.default_rng(0), hashlib.sha256()
+for h, w, count in ((32, 48, 5), (48, 80, 17), (128, 224, 5)):
+    rows, columns, times = np.mgrid[:h, :w, :count]
+    for noise in (0, 4, 30):
+        wave = 128 + 60 * np.sin(columns / 6 + times) + 40 * np.cos(rows / 7 + times / 5)
+        wave += noise * rng.standard_normal(rows.shape)
+        frames = np.stack([wave, wave[:, ::-1], wave / 2], -1).clip(0, 255).astype(np.uint8)
+        write_video(sys.argv[1], np.moveaxis(frames, 2, 0), 8.0)
+        digest.update(open(sys.argv[1], "rb").read())
+print(digest.hexdigest())
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "x.mp4")]
+    values = [environment(MALLOC_PERTURB_=str(value)) for value in (0, 1, 170)]
+    runs = [subprocess.run(command, cwd=ROOT, env=v, capture_output=True, text=True, check=True) for v in values]
+    assert len({run.stdout for run in runs}) == 1
 
 
 def test_latents_are_decoded_and_written(tmp_path):
