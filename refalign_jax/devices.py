@@ -60,6 +60,7 @@ class Chip:
       kind: how JAX's `device_kind` begins.
       tflops: peak in bfloat16, 10^12 operations a second.
       hbm_gib: memory that a program may use, 2^30 bytes.
+      hbm_gbps: bandwidth of that memory, 10^9 bytes a second.
       link_gbps: of the links to other chips (ICI or NVLink), both directions, 10^9 bytes a second.
       devices_per_chip: how many devices a chip is.
     """
@@ -67,25 +68,26 @@ class Chip:
     kind: str
     tflops: float
     hbm_gib: float
+    hbm_gbps: float
     link_gbps: float
     devices_per_chip: int = 1
 
 
 CHIPS: tuple[Chip, ...] = (
-    Chip(kind="TPU v4", tflops=275, hbm_gib=30.75, link_gbps=600),
-    Chip(kind="TPU v5 lite", tflops=197, hbm_gib=15.75, link_gbps=400),
-    Chip(kind="TPU v5e", tflops=197, hbm_gib=15.75, link_gbps=400),
-    Chip(kind="TPU v5", tflops=459, hbm_gib=95.74, link_gbps=1200),
-    Chip(kind="TPU v6 lite", tflops=918, hbm_gib=31.25, link_gbps=800),
-    Chip(kind="TPU v6e", tflops=918, hbm_gib=31.25, link_gbps=800),
-    Chip(kind="TPU7x", tflops=1153.5, hbm_gib=94.75, link_gbps=600, devices_per_chip=2),
-    Chip(kind="NVIDIA A100", tflops=312, hbm_gib=80, link_gbps=600),
-    Chip(kind="NVIDIA H100 PCIe", tflops=756, hbm_gib=80, link_gbps=600),
-    Chip(kind="NVIDIA H100 NVL", tflops=835, hbm_gib=94, link_gbps=600),
-    Chip(kind="NVIDIA H100", tflops=989, hbm_gib=80, link_gbps=900),
-    Chip(kind="NVIDIA H200", tflops=989, hbm_gib=141, link_gbps=900),
-    Chip(kind="NVIDIA B200", tflops=2250, hbm_gib=178, link_gbps=1800),
-    Chip(kind="NVIDIA GB200", tflops=2500, hbm_gib=184, link_gbps=1800),
+    Chip(kind="TPU v4", tflops=275, hbm_gib=30.75, hbm_gbps=1228, link_gbps=600),
+    Chip(kind="TPU v5 lite", tflops=197, hbm_gib=15.75, hbm_gbps=819, link_gbps=400),
+    Chip(kind="TPU v5e", tflops=197, hbm_gib=15.75, hbm_gbps=819, link_gbps=400),
+    Chip(kind="TPU v5", tflops=459, hbm_gib=95.74, hbm_gbps=2765, link_gbps=1200),
+    Chip(kind="TPU v6 lite", tflops=918, hbm_gib=31.25, hbm_gbps=1640, link_gbps=800),
+    Chip(kind="TPU v6e", tflops=918, hbm_gib=31.25, hbm_gbps=1640, link_gbps=800),
+    Chip(kind="TPU7x", tflops=1153.5, hbm_gib=94.75, hbm_gbps=3690, link_gbps=600, devices_per_chip=2),
+    Chip(kind="NVIDIA A100", tflops=312, hbm_gib=80, hbm_gbps=2039, link_gbps=600),
+    Chip(kind="NVIDIA H100 PCIe", tflops=756, hbm_gib=80, hbm_gbps=2000, link_gbps=600),
+    Chip(kind="NVIDIA H100 NVL", tflops=835, hbm_gib=94, hbm_gbps=3900, link_gbps=600),
+    Chip(kind="NVIDIA H100", tflops=989, hbm_gib=80, hbm_gbps=3350, link_gbps=900),
+    Chip(kind="NVIDIA H200", tflops=989, hbm_gib=141, hbm_gbps=4800, link_gbps=900),
+    Chip(kind="NVIDIA B200", tflops=2250, hbm_gib=178, hbm_gbps=7670, link_gbps=1800),
+    Chip(kind="NVIDIA GB200", tflops=2500, hbm_gib=184, hbm_gbps=7930, link_gbps=1800),
 )
 """First match."""
 

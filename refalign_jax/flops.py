@@ -16,6 +16,10 @@ from typing import Literal
 from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig, SamplingConfig
 
 
+Kernel = Literal["splash", "cudnn", "xla"]
+"""Kernel of attention."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
     """Sizes of one sample, padding included, since padding is computed too.
@@ -69,7 +73,7 @@ def train_flops(model: ModelConfig, shape: Shape) -> int:
     return total
 
 
-def repeated_flops(model: ModelConfig, shape: Shape, kernel: Literal["splash", "cudnn", "xla"]) -> int:
+def repeated_flops(model: ModelConfig, shape: Shape, kernel: Kernel) -> int:
     """Operations that a training step on one sample recomputes, beyond `train_flops`.
 
     Before a block's backward pass, its forward pass is recomputed, except for the activations that the remat policy
@@ -85,24 +89,47 @@ def repeated_flops(model: ModelConfig, shape: Shape, kernel: Literal["splash", "
     dit = model.dit
     L, RP = tokens(dit, shape)
     T, S, D = L + RP, shape.text_length, dit.width
-    scores = T * T * D + L * S * D  # one product each of self-attention and cross-attention
+    scores = _scores(dit, shape)
     narrow = 4 * T * D * D + 2 * (L + S) * D * D
     wide = T * D * dit.ffn_width
     thin = narrow + 2 * wide
     again = {"none": 0, "dots": 0, "narrow": wide, "attention": thin, "full": thin + 2 * scores}
-    if kernel == "xla":
-        kernel_again = scores if dit.remat in ("dots", "narrow", "attention") else 0  # no checkpoint name for scores
-    elif kernel == "splash" and not dit.tiles.fused_backward:
-        kernel_again = 3 * scores
-    else:
-        kernel_again = scores
-    total = dit.num_layers * (again[dit.remat] + kernel_again)
+    total = dit.num_layers * (again[dit.remat] + _attention_again(dit, kernel) * scores)
     if model.alignment.weight > 0:
         projectors, cosines = alignment_flops(dit, model.alignment, shape)
         total += (projectors + cosines) // 2
     return 2 * total
 
 
+def attention_flops(model: ModelConfig, shape: Shape, kernel: Kernel) -> int:
+    """Operations of a training step on one sample between queries, keys and values, those computed twice included.
+
+    They are a part of `train_flops` plus `repeated_flops`, whose arguments these are.
+    """
+    per_layer = 6 + _attention_again(model.dit, kernel) + (2 if model.dit.remat == "full" else 0)
+    return 2 * model.dit.num_layers * per_layer * _scores(model.dit, shape)
+
+
 def sample_flops(dit: DiTConfig, shape: Shape, sampling: SamplingConfig) -> int:
     """Operations of sampling one video: a forward pass for each branch of guidance in each step."""
     return sampling.num_steps * sampling.num_branches(shape.references > 0) * forward_flops(dit, shape)
+
+
+def sample_attention_flops(dit: DiTConfig, shape: Shape, sampling: SamplingConfig) -> int:
+    """The part of `sample_flops` between queries, keys and values."""
+    forwards = sampling.num_steps * sampling.num_branches(shape.references > 0)
+    return 4 * forwards * dit.num_layers * _scores(dit, shape)
+
+
+def _scores(dit: DiTConfig, shape: Shape) -> int:
+    """Multiply-adds of one product each of self-attention and cross-attention in one block."""
+    L, RP = tokens(dit, shape)
+    queries = L + RP if dit.reference_cross_attention else L
+    return ((L + RP) ** 2 + queries * shape.text_length) * dit.width
+
+
+def _attention_again(dit: DiTConfig, kernel: Kernel) -> int:
+    """Products that a kernel of attention computes again in the backward pass."""
+    if kernel == "xla":
+        return int(dit.remat in ("dots", "narrow", "attention"))  # no checkpoint name for scores
+    return 3 if kernel == "splash" and not dit.tiles.fused_backward else 1

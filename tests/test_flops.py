@@ -35,13 +35,15 @@ DIT = DiTConfig(
 SHAPE = flops.Shape(grid=(3, 8, 12), references=3, text_length=7)
 
 
-def products(jaxpr, times: int = 1) -> int:
-    """2·m·k·n of every product in a traced program, loops multiplied out."""
+def products(jaxpr, times: int = 1, batched: bool = False) -> int:
+    """2·m·k·n of every product in a traced program, loops multiplied out; `batched`: of those with batch axes alone."""
     total = 0
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
+            (contracted, _), (batch_axes, _) = equation.params["dimension_numbers"]
+            if batched and not batch_axes:
+                continue
             depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
             total += 2 * depth * equation.outvars[0].aval.size * times
         elif name == "conv_general_dilated":
@@ -53,9 +55,9 @@ def products(jaxpr, times: int = 1) -> int:
         for value in [branches[0]] if branches else equation.params.values():
             for sub in value if isinstance(value, list | tuple) else [value]:
                 if hasattr(sub, "jaxpr"):
-                    total += products(sub.jaxpr, inner)
+                    total += products(sub.jaxpr, inner, batched)
                 elif hasattr(sub, "eqns"):
-                    total += products(sub, inner)
+                    total += products(sub, inner, batched)
     return total
 
 
@@ -78,6 +80,19 @@ def inputs(model: ModelConfig, shape: flops.Shape) -> tuple:
         aligned=array(dtype=jnp.bool_),
     )
     return batch, video, array(dtype=jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+
+
+@pytest.mark.parametrize("remat", ["none", "attention", "full"])
+@pytest.mark.parametrize("references_attend", [False, True])
+def test_products_of_attention(remat, references_attend):
+    """Those between queries, keys and values have batch axes; without alignment no others have."""
+    dit = dataclasses.replace(DIT, remat=remat, reference_cross_attention=references_attend)
+    model = ModelConfig(dit=dit, alignment=AlignmentConfig(num_blocks=1, weight=0.0))
+    gradient = jax.make_jaxpr(jax.grad(loss(model)))(model_shapes(model), *inputs(model, SHAPE)).jaxpr
+    assert products(gradient, batched=True) == flops.attention_flops(model, SHAPE, "xla")
+    forward = jax.make_jaxpr(loss(model))(model_shapes(model), *inputs(model, SHAPE)).jaxpr
+    config = SamplingConfig(num_steps=2, reference_guidance=1.0, text_guidance=1.0)
+    assert 2 * products(forward, batched=True) == flops.sample_attention_flops(dit, SHAPE, config)
 
 
 def loss(model: ModelConfig):

@@ -175,10 +175,12 @@ def describe(config: Config, mesh: Mesh, known: Chip, topology: str, step: Step)
     dit, data = config.model.dit, config.data
     shape = flops.Shape(grid=config.synthetic.latent_grid, references=data.max_references, text_length=data.text_length)
     if step == "train":
-        kernel: Literal["splash", "cudnn"] = "cudnn" if is_gpu(mesh) else "splash"
+        kernel: flops.Kernel = "cudnn" if is_gpu(mesh) else "splash"
         model, again = flops.train_flops(config.model, shape), flops.repeated_flops(config.model, shape, kernel)
+        attention = flops.attention_flops(config.model, shape, kernel)
     else:
         model, again = flops.sample_flops(dit, shape, config.sampling), 0
+        attention = flops.sample_attention_flops(dit, shape, config.sampling)
     return {
         "step": step,
         "topology": topology,
@@ -201,6 +203,7 @@ def describe(config: Config, mesh: Mesh, known: Chip, topology: str, step: Step)
             "model": round(model * data.batch_size / 1e12, 2),
             "hardware": round((model + again) * data.batch_size / 1e12, 2),
             "hardware_a_device": round((model + again) * data.batch_size / mesh.size / 1e12, 3),
+            "attention_a_device": round(attention * data.batch_size / mesh.size / 1e12, 3),
         },
     }
 
