@@ -8,6 +8,7 @@ r"""Compiles a training or sampling step for TPUs or GPUs that need not be prese
     python tools/compile.py RECIPE --parameters
     python tools/compile.py --compare DUMP_A DUMP_B
     python tools/compile.py --table FILE FILE …
+    python tools/compile.py --again FILE FILE …
 
 RECIPE is a Python file, which is executed, or the bare name of one under configs/; options override its fields. It runs
 on the CPU. TPUs need libtpu (pip install -e '.[ahead]'), GPUs need JAX's CUDA plugin ('.[ahead-gpu]'). The exit code is
@@ -20,6 +21,9 @@ from refalign_jax.command import OutputFile, parse_recipe, run
 import dataclasses
 import json
 import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +31,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from refalign_jax.atomic import write_text
-from refalign_jax.config import Config
+from refalign_jax.config import Config, QuantisedDType
 from refalign_jax.devices import NO_TPU, memory_fraction
 
 
@@ -37,8 +41,12 @@ class Arguments:
 
     topology: str = ""
     """The devices: v5p:4x4x4, v5e:16x16, tpu7x:2x2x1 and so on, or GPUs per host, h100:8, or hosts x GPUs, h100:4x8."""
-    step: Literal["train", "sample"] = "train"
-    """The training step, or the sampling of one batch."""
+    step: Literal["train", "sample", "text", "decode"] = "train"
+    """The training step; the sampling of a batch; UMT5-XXL before it; the decoding of its videos by Wan2.1's VAE."""
+    weights_dtype: Annotated[
+        QuantisedDType | None, arg(metavar="{int8,float8}", help_behavior_hint="(default: the compute dtype)")
+    ] = None
+    """Compile sampling with quantised weights, as sample.py --weights-dtype has them."""
     json: OutputFile = None
     """File for the report."""
     dump: Annotated[Path | None, arg(metavar="FOLDER", help_behavior_hint="(default: not kept)")] = None
@@ -55,6 +63,8 @@ class Arguments:
     """Print how two dumps differ; compiles nothing."""
     table: tuple[Path, ...] = ()
     """Print reports, as --json wrote them, as a Markdown table; compiles nothing."""
+    again: tuple[Path, ...] = ()
+    """Compile what reports describe, as their commands have it, and write each again."""
     config: Annotated[Config, arg(name="")] = dataclasses.field(default_factory=Config)
     """The recipe."""
 
@@ -63,12 +73,18 @@ def main(arguments: list[str], prog: str) -> int:
     """Parses, compiles, prints; returns 1 where nothing fits."""
     given = parse_recipe(Arguments, arguments, prog, __doc__, optional=True)
     named = bool(arguments) and not arguments[0].startswith("-")
-    if not named and not given.compare and not given.table:
+    if not named and not (given.compare or given.table or given.again):
         raise ValueError(f"Name a recipe first, as in: {prog} tiny --topology v5e:2x2; see {prog} --help.")
     os.environ.update(NO_TPU)  # before anything imports JAX
     if given.compare or given.table:
         print(_compared(given.compare) if given.compare else _table(given.table))
         return 0
+    if given.again:
+        return _again(given.again)
+    if given.weights_dtype and given.step not in ("sample", "text"):
+        raise ValueError("--weights-dtype is for --step sample and text; nothing else is quantised.")
+    if (given.weights_dtype or given.step in ("text", "decode")) and (given.sweep or given.suggest):
+        raise ValueError("--sweep and --suggest have no --weights-dtype and no --step text or decode.")
     memory_fraction()  # JAX's plugins do not start with a wrong one
     from refalign_jax.perf import ahead, tables
 
@@ -81,7 +97,7 @@ def main(arguments: list[str], prog: str) -> int:
         return _suggest(given)
     if given.sweep:
         return _sweep(given)
-    report = ahead.compile_ahead(given.config, given.topology, given.step, given.dump, given.flags)
+    report = ahead.compile_ahead(given.config, given.topology, given.step, given.dump, given.flags, given.weights_dtype)
     print(tables.summary(report))
     _write(given.json, report)
     return int(not report["fits"])
@@ -118,6 +134,47 @@ def _printed(given: Arguments, reports: Iterable[dict[str, Any]]) -> list[dict[s
         print(tables.summary(report), end="\n\n", flush=True)
         _write(given.json, seen)
     return seen
+
+
+def _again(files: tuple[Path, ...]) -> int:
+    """Runs the commands of reports again, each in a process of its own, and prints the new table.
+
+    Returns:
+      2 where one of them failed; its report stays as it was.
+    """
+    commands = [_command(path) for path in files]
+    failed = []
+    for number, (path, command) in enumerate(zip(files, commands, strict=True), 1):
+        print(f"{number} of {len(files)}: tools/compile.py {shlex.join(command)}", flush=True)
+        if subprocess.run([sys.executable, __file__, *command], check=False).returncode not in (0, 1):
+            failed.append(str(path))
+    print(_table(files))
+    if failed:
+        print(f"Not compiled, and unchanged: {', '.join(failed)}.", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def _command(path: Path) -> list[str]:
+    """The arguments that a report was made with, and that write it where it is now.
+
+    Raises:
+      ValueError: it is no report of one compilation, or its command is not this one's.
+    """
+    reports = _read(path)
+    try:
+        (report,) = reports
+        _, *arguments = shlex.split(report["about"]["command"])
+        if arguments[0] == "--config":  # what reports of 2026-11 have
+            arguments.pop(0)
+        if arguments[0].startswith("-"):
+            raise ValueError("its command names no recipe")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"--again {path}: no report of one compilation that can be made again ({error}).") from error
+    for option in ("--json", "--dump"):
+        if option in arguments:
+            place = arguments.index(option)
+            del arguments[place : place + 2]
+    return [*arguments, "--json", str(path)]
 
 
 def _compared(folders: tuple[Path, ...]) -> str:

@@ -12,6 +12,8 @@ from typing import Literal
 from refalign_jax.config.checks import check_range, check_values
 
 DType = Literal["float32", "bfloat16"]
+QuantisedDType = Literal["int8", "float8"]
+WeightsDType = Literal["float32", "bfloat16", "int8", "float8"]
 RematPolicy = Literal["none", "dots", "narrow", "attention", "full"]
 CenterTargets = Literal["none", "reference", "dataset"]
 AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from refalign_jax.config.checks import check_num_frames, check_range, check_values, expand_home
-from refalign_jax.config.model import DType
+from refalign_jax.config.model import DType, QuantisedDType, WeightsDType
 
 SolverName = Literal["euler", "dpm++", "unipc"]
 SigmaTable = Literal["refalign", "wan", "diffusers-0.36", "diffusers-0.37"]
@@ -93,6 +93,7 @@ FOLDERS = "(default: the dataset's, or beside the weights)"
 ABSENT = "(default: none)"
 SOLVERS = f"{{{','.join(typing.get_args(SolverName))}}}"
 DTYPES = f"{{{','.join(typing.get_args(DType))}}}"
+WEIGHTS_DTYPES = f"{{{','.join(typing.get_args(WeightsDType))}}}"
 
 WAN_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"  # noqa: RUF001
@@ -164,9 +165,10 @@ class GenerateConfig:
     dtype: Annotated[DType | None, tyro.conf.arg(metavar=DTYPES, help_behavior_hint=RUNS)] = None
     """dtype in which all three networks compute, and the transformer's parameters are held."""
     weights_dtype: Annotated[
-        DType | None, tyro.conf.arg(metavar=DTYPES, help_behavior_hint="(default: --dtype or else float32)")
+        WeightsDType | None,
+        tyro.conf.arg(metavar=WEIGHTS_DTYPES, help_behavior_hint="(default: --dtype or else float32)"),
     ] = None
-    """dtype of the transformer's stored parameters."""
+    """dtype of the transformer's stored parameters; int8 and float8 quantise the kernels of its blocks, and UMT5's."""
     batch_size: int = 1
     """Videos drawn together; rounded up to a multiple of the devices. On CPUs each device draws one at a time."""
     fsdp: int = 1
@@ -200,6 +202,11 @@ class GenerateConfig:
         index, parts = self.part
         if not 1 <= index <= parts:
             raise ValueError(f"GenerateConfig.part={self.part} must be two numbers, the first from 1 to the second.")
+
+    @property
+    def quantised(self) -> QuantisedDType | None:
+        """The dtype of quantised weights; None where weights are not quantised."""
+        return self.weights_dtype if self.weights_dtype in typing.get_args(QuantisedDType) else None  # type: ignore[return-value]
 
     @property
     def saved(self) -> tuple[str, ...]:

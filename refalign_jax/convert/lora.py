@@ -20,7 +20,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,25 @@ def merge(params: Params, adapters: Sequence[Adapter]) -> dict[str, Any]:
                 _add(leaves[path], delta) if place.layer is None else _add_to(leaves[path], delta, place.layer)
             )
     return unflatten(leaves)
+
+
+def deltas_of(
+    adapters: Sequence[Adapter], path: str, layer: int | None = None
+) -> Iterator[tuple[int | None, np.ndarray]]:
+    """Yields the changes of one of our parameters, float32, each with its layer (None where there is no stack).
+
+    Args:
+      adapters: opened for this model.
+      path: of the parameter, as the model's table has it.
+      layer: of a stack, the only one to yield; None for all.
+
+    Raises:
+      ValueError: a number that is not finite.
+    """
+    for adapter in adapters:
+        for name, place in adapter.places.items():
+            if place.entry.path == path and layer in (None, place.layer):
+                yield place.layer, adapter.delta(name)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from refalign_jax.config import ComputeDtype, PrepareConfig
+from refalign_jax.config import ComputeDtype, PrepareConfig, QuantisedDType
 from refalign_jax.convert.files import read_config
 from refalign_jax.digests import Digests, digest_json
 from refalign_jax.encoders.daisy import DAISY
@@ -144,7 +144,12 @@ def reopen_video_codec(
 
 
 def open_text_encoder(
-    choice: str, *, word_width: int = 256, compute_dtype: ComputeDtype = "bfloat16", batch_size: int = 1
+    choice: str,
+    *,
+    word_width: int = 256,
+    compute_dtype: ComputeDtype = "bfloat16",
+    batch_size: int = 1,
+    quantised: QuantisedDType | None = None,
 ) -> TextEncoder:
     """Opens a text encoder.
 
@@ -153,23 +158,30 @@ def open_text_encoder(
       word_width: width of `words`.
       compute_dtype: dtype of UMT5's matrix products.
       batch_size: prompts per call of UMT5, rounded up to a multiple of the local devices.
+      quantised: dtype of UMT5's quantised weights; None for the weights as they are.
 
     Raises:
       ValueError: no such choice, or a file that is not whole or not this model's.
     """
     if choice == "words":
         return WordHashes(word_width)
-    return UMT5(_locate(choice, "--text-encoder", "words"), compute_dtype, batch_size)
+    return UMT5(_locate(choice, "--text-encoder", "words"), compute_dtype, batch_size, quantised)
 
 
 def reopen_text_encoder(
-    described: Mapping[str, Any], batch_size: int = 1, compute_dtype: ComputeDtype | None = None
+    described: Mapping[str, Any],
+    batch_size: int = 1,
+    compute_dtype: ComputeDtype | None = None,
+    quantised: QuantisedDType | None = None,
 ) -> TextEncoder:
-    """Opens the text encoder that a dataset was made with; arguments and errors as in `reopen_video_codec`."""
+    """Opens the text encoder that a dataset was made with.
+
+    Arguments and errors are as in `reopen_video_codec`, and `quantised` as in `open_text_encoder`.
+    """
     if described["name"] == "words":
         return WordHashes(described["width"])
     path = _locate(described["path"], "--text-encoder", "words")
-    return UMT5(path, compute_dtype or described["compute_dtype"], batch_size)
+    return UMT5(path, compute_dtype or described["compute_dtype"], batch_size, quantised)
 
 
 def open_feature_encoder(

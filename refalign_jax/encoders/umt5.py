@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from refalign_jax.config import ComputeDtype
+from refalign_jax.config import ComputeDtype, QuantisedDType
 from refalign_jax.convert.files import open_weights
+from refalign_jax.convert.quantise import read_quantised
 from refalign_jax.convert.table import Tensors, read_stored, stored
 from refalign_jax.convert.umt5 import umt5_names, umt5_table, untied
 from refalign_jax.encoders.network import Resident, device_batch, find_file, replicate
@@ -25,13 +26,16 @@ class UMT5:
       path: a folder with weights and tokenizer as Wan2.1 or diffusers publish it, or the file of weights.
       compute_dtype: dtype of the matrix products.
       batch_size: prompts a call, rounded up to a multiple of the devices.
+      quantised: dtype of the quantised weights; None for the weights as they are.
 
     Raises:
       ValueError: a file that is not whole, or not this model's; or no tokenizer. The first `encode` raises it for
         numbers that are not finite.
     """
 
-    def __init__(self, path: Path, compute_dtype: ComputeDtype, batch_size: int) -> None:
+    def __init__(
+        self, path: Path, compute_dtype: ComputeDtype, batch_size: int, quantised: QuantisedDType | None = None
+    ) -> None:
         weights = untied(open_weights(find_file(path, ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder", "."))))
         self._config = infer_umt5_config(weights, compute_dtype)
         check_umt5(self._config, weights)
@@ -39,13 +43,15 @@ class UMT5:
         place = _tokenizer_folder(path)
         self._tokenizer = umt5.load_tokenizer(place)
         self._tokenizer_files = [] if path in (place, *place.parents) else _tokenizer_files(place)
-        self._params = Resident(lambda: replicate(load_umt5(self._config, weights)))
-        self._batch_size, self._path = batch_size, path
+        self._params = Resident(lambda: replicate(load_umt5(self._config, weights, quantised)))
+        self._batch_size, self._path, self._quantised = batch_size, path, quantised
 
     def describe(self) -> dict[str, Any]:
         """Returns JSON that identifies the encoder."""
         dtype = self._config.compute_dtype
         about = {"name": "umt5", "path": str(self._path), "width": self.width, "compute_dtype": dtype}
+        if self._quantised:
+            about["weights_dtype"] = self._quantised
         return about | ({"tokenizer": self._tokenizer_files} if self._tokenizer_files else {})
 
     def encode(self, prompts: Sequence[str]) -> list[Float[np.ndarray, "S width"]]:
@@ -110,9 +116,10 @@ def check_umt5(config: umt5.UMT5Config, weights: Tensors) -> Params:
     return stored(umt5_table(config, umt5_names(weights.shapes)), shapes, untied(weights))
 
 
-def load_umt5(config: umt5.UMT5Config, weights: Tensors) -> Params:
-    """Reads the parameters as numpy arrays; arguments and errors as in `check_umt5`."""
-    return read_stored(check_umt5(config, weights))
+def load_umt5(config: umt5.UMT5Config, weights: Tensors, quantised: QuantisedDType | None = None) -> Params:
+    """Reads the parameters as numpy arrays, quantised if asked to; arguments and errors as in `check_umt5`."""
+    found = check_umt5(config, weights)
+    return read_quantised(found, quantised) if quantised else read_stored(found)
 
 
 def _tokenizer_files(folder: Path) -> list[str]:

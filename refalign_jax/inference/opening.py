@@ -27,11 +27,12 @@ from refalign_jax.config import (
     SigmaTable,
 )
 from refalign_jax.config.recipe import from_dict
-from refalign_jax.convert.checkpoint import find_checkpoint, read_json
+from refalign_jax.convert.checkpoint import find_checkpoint, open_params, read_json
 from refalign_jax.convert.hub import find_weights
 from refalign_jax.convert.infer import open_transformer
 from refalign_jax.convert.load import find_published, initial_params, is_checkpoint
 from refalign_jax.convert.lora import Adapter, merge, open_adapter
+from refalign_jax.convert.quantise import place_quantised
 from refalign_jax.data.manifest import MANIFEST, read_manifest
 from refalign_jax.data.shards import WAN_FPS, clip_fps
 from refalign_jax.digests import Digests, digest_json
@@ -153,7 +154,8 @@ def open_generator(weights: str, config: GenerateConfig) -> Generator:
         for name, strength in zip(config.lora, strengths, strict=True)
     )
     mesh = make_mesh(MeshConfig(fsdp=config.fsdp), jax.local_devices())
-    placed = place_shapes({"dit": model_shapes(run.model)["dit"]}, mesh, jnp.dtype(dtype))
+    held = (config.dtype or "float32") if config.quantised else dtype  # what is not quantised
+    placed = place_shapes({"dit": model_shapes(run.model)["dit"]}, mesh, jnp.dtype(held))
     if not is_checkpoint(weights):
         find_published(weights, run.model, placed)  # what does not fit is found before minutes have passed
     read = functools.partial(_read_transformer, weights, config, run.model, placed, adapters)
@@ -176,8 +178,12 @@ def open_generator(weights: str, config: GenerateConfig) -> Generator:
 def _read_transformer(
     weights: str, config: GenerateConfig, model: ModelConfig, placed: Params, adapters: Sequence[Adapter]
 ) -> Params:
-    """Reads the transformer's parameters and merges adapters into them."""
+    """Reads the transformer's parameters, merges adapters into them, and quantises them if asked to."""
     key, verify = jax.random.key(0), config.verify_checkpoint
+    if config.quantised:
+        published = not is_checkpoint(weights)
+        stored = find_published(weights, model, placed) if published else open_params(weights, config.ema, verify)[0]
+        return place_quantised(stored["dit"], placed["dit"], config.quantised, adapters)
     params, _ = initial_params(weights, config.ema, model, placed, key, verify=verify)
     return merge(params["dit"], adapters) if adapters else params["dit"]
 
@@ -297,9 +303,11 @@ def _open_encoders(run: Config, config: GenerateConfig) -> tuple[VideoCodec, Tex
     )
     text: TextEncoder | None = None
     if config.text_encoder:
-        text = open_text_encoder(config.text_encoder, word_width=dit.text_width, batch_size=batch, **dtype)
+        text = open_text_encoder(
+            config.text_encoder, word_width=dit.text_width, batch_size=batch, quantised=config.quantised, **dtype
+        )
     elif not without_text:
-        text = reopen_text_encoder(described["text"], batch, config.dtype)
+        text = reopen_text_encoder(described["text"], batch, config.dtype, config.quantised)
     frames, rows, columns = (
         getattr(config, name) or settings.get(name, default)
         for name, default in (("num_frames", 81), ("height", 480), ("width", 832))

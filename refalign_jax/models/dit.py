@@ -25,6 +25,7 @@ from refalign_jax.models.attention import CUDNN_FORWARD
 from refalign_jax.models.block import BLOCK_INPUT, Block, FeedForward, Head, Shared, Streams
 from refalign_jax.models.condition import Condition
 from refalign_jax.models.layers import HIDDEN_OUTPUT, LINEAR_OUTPUT, Linear, init_stack
+from refalign_jax.models.quantise import dequantise, is_quantised
 from refalign_jax.models.rope import rotation, time_sinusoid
 from refalign_jax.models.splash import ATTENTION_OUTPUT
 from refalign_jax.sharding import BATCH, CONDITION, SEQUENCE, TOKENS, axis_size, constrain, unsharded
@@ -215,12 +216,14 @@ def run_blocks(
       The streams after the last block, and the observations of the first `observer.num_blocks` blocks, stacked along a
       leading axis; None where no block is observed.
     """
-    params = _cast_kernels(params, jnp.dtype(config.compute_dtype))
+    dtype = jnp.dtype(config.compute_dtype)
+    params = _cast_kernels(params, dtype)
     streams, observed, observations = inputs.streams, observer.num_blocks, None
 
     def scan(streams: Streams, part: slice, observe: Callable[[Streams, Any], Any], more: Any) -> tuple[Streams, Any]:
         def body(streams: Streams, params: tuple[Params, Any]) -> tuple[Streams, Any]:
-            outputs: Any = Block(config).apply({"params": params[0]}, streams, inputs.shared)
+            block = dequantise(params[0], dtype)  # within the loop, so that one block is at full size
+            outputs: Any = Block(config).apply({"params": block}, streams, inputs.shared)
             return outputs, observe(outputs, params[1])
 
         if config.remat != "none":
@@ -328,4 +331,8 @@ def _divisible(x: Float[Array, "#B T *rest"]) -> Float[Array, "#B U *rest"]:
 
 def _cast_kernels(params: Params, dtype: jnp.dtype) -> Params:
     """Casts the matmul kernels once, ahead of the loop: their all-gathers and their reads are 16-bit then."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype) if path[-1].key == "kernel" else x, params)
+
+    def cast(path: tuple[Any, ...], x: Any) -> Any:
+        return x.astype(dtype) if path[-1].key == "kernel" and not is_quantised(x) else x
+
+    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=is_quantised)

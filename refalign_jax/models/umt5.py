@@ -29,6 +29,7 @@ import numpy as np
 
 from refalign_jax.models.by_head import attend_by_head
 from refalign_jax.models.layers import RMSNorm, init_stack, precision_of
+from refalign_jax.models.quantise import dequantise, take_rows
 from refalign_jax.types import Array, Float, Int, Params
 
 MAX_TOKENS = 512
@@ -168,7 +169,7 @@ def encode_tokens(
     """Encodes token ids, padding included.
 
     Args:
-      params: as `init` returns them, in any float dtype; each layer is cast when it runs.
+      params: as `init` returns them, in any float dtype or quantised; each layer is cast when it runs.
       ids: token ids in [0, vocab_size); where they are split over devices by the batch, so is the work.
       mask: 1 for tokens, 0 for padding, which no token attends to.
       config: sizes and compute dtype.
@@ -176,10 +177,11 @@ def encode_tokens(
     Returns:
       Embeddings, float32. Rows of padding have no meaning; `encode` sets them to 0.
     """
-    x = jnp.take(params["token_embedding"], ids, axis=0).astype(jnp.float32)
+    x = take_rows(params["token_embedding"], ids)
     buckets = jnp.asarray(relative_buckets(ids.shape[1], config.num_buckets, config.max_distance))
 
     def run_block(x: Array, params: Params) -> tuple[Array, None]:
+        params = dequantise(params, jnp.dtype(config.compute_dtype))
         return cast(Array, Block(config).apply({"params": params}, x, mask, buckets)), None
 
     x, _ = jax.lax.scan(run_block, x, params["blocks"])

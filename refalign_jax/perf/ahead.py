@@ -27,11 +27,13 @@ from jax.sharding import Mesh
 
 from refalign_jax import flops
 from refalign_jax.atomic import write_text
-from refalign_jax.config import Config
+from refalign_jax.config import Config, QuantisedDType
 from refalign_jax.devices import GIB, XLA_FLAGS, Chip
 from refalign_jax.initial import model_shapes
+from refalign_jax.models.quantise import quantise_shapes
 from refalign_jax.perf import hlo
 from refalign_jax.perf.progress import progress
+from refalign_jax.perf.stages import lower_stage, stage_params
 from refalign_jax.perf.topology import is_gpu, known_chip, topology_mesh, usable_gib
 from refalign_jax.provenance import about
 from refalign_jax.sampling import sample
@@ -41,7 +43,7 @@ from refalign_jax.trainer.state import state_shapes
 from refalign_jax.trainer.step import batch_shapes, lower_step
 from refalign_jax.trees import count
 
-Step = Literal["train", "sample"]
+Step = Literal["train", "sample", "text", "decode"]
 HLO_FILE = "optimized.hlo.txt"
 """Name of the optimised program in the folder of a dump."""
 
@@ -55,16 +57,21 @@ BOUNDS = ("compute", "links")
 """What bounds the time of a step from below."""
 
 
-def lower(config: Config, mesh: Mesh, step: Step) -> jax.stages.Lowered:
-    """Lowers the training step, or the whole sampling loop, from shapes alone."""
+def lower(config: Config, mesh: Mesh, step: Step, quantised: QuantisedDType | None = None) -> jax.stages.Lowered:
+    """Lowers one step from shapes alone, of sampling the whole loop; arguments as in `compile_ahead`."""
     dit, data = config.model.dit, config.data
-    check_heads(dit, mesh)
     check_batch(data.batch_size, config.optimizer.accumulation if step == "train" else 1, mesh)
+    if step in ("text", "decode"):
+        return lower_stage(config, mesh, step, quantised)
+    check_heads(dit, mesh)
     batch = batch_shapes(config, synthetic_spec(config), mesh)
     if step == "train":
         empty = jax.ShapeDtypeStruct(batch.text.shape[1:], jnp.float32, sharding=replicated(mesh))
         return lower_step(state_shapes(config, mesh), batch, empty, config, mesh)
-    params = place_shapes({"dit": model_shapes(config.model)["dit"]}, mesh, jnp.dtype(dit.compute_dtype))["dit"]
+    dtype = jnp.dtype("float32" if quantised else dit.compute_dtype)
+    params = place_shapes({"dit": model_shapes(config.model)["dit"]}, mesh, dtype)["dit"]
+    if quantised:
+        params = quantise_shapes(params, quantised)
     video = batch.video_latents
     noise = jax.ShapeDtypeStruct(video.shape, jnp.float32, sharding=video.sharding)
     with jax.set_mesh(mesh):
@@ -77,15 +84,18 @@ def compile_ahead(
     step: Step = "train",
     dump: Path | None = None,
     flags: bool = False,
+    quantised: QuantisedDType | None = None,
 ) -> dict[str, Any]:
     """Compiles a step for a topology and reports on it. Prints progress on stderr.
 
     Args:
       config: the recipe; `synthetic.latent_grid`, `data.max_references` and `data.text_length` are the shape.
       topology: see `topology.topology_mesh`.
-      step: the training step, or the sampling of one batch.
+      step: the training step, the sampling of one batch, or what sampling does before and after it.
       dump: a folder for the text of the optimised program.
       flags: whether to compile with the platform's flags in `devices.XLA_FLAGS`.
+      quantised: dtype of the quantised weights of sampling, whose other parameters are float32 then, or of the text
+        encoder; None for all parameters of the transformer in the compute dtype.
 
     Returns:
       What `tables.summary` prints, ready for JSON. Where memory is too small, `fits` is False, memory_gib has only what
@@ -99,11 +109,12 @@ def compile_ahead(
     mesh = topology_mesh(config.mesh, topology)
     known, gpu = known_chip(mesh, topology), is_gpu(mesh)
     usable, options = usable_gib(mesh, known), XLA_FLAGS["gpu" if gpu else "tpu"] if flags else {}
-    report = describe(config, mesh, known, topology, step) | {"flags": dict(options), "about": about()}
+    report = describe(config, mesh, known, topology, step)
+    report |= {"weights_dtype": quantised, "flags": dict(options), "about": about()}
     began = time.perf_counter()
     try:
         with progress(f"lowering the {step} step"):
-            lowered = lower(config, mesh, step)
+            lowered = lower(config, mesh, step, quantised)
     except RuntimeError as error:
         if "cuDNN" not in str(error):
             raise
@@ -127,7 +138,8 @@ def compile_ahead(
         dump.mkdir(parents=True, exist_ok=True)
         write_text(dump / HLO_FILE, text)
     moved = hlo.collectives(hlo.parse(text))
-    return report | bounds(moved, report["tflops"]["hardware_a_device"], known) | memory(compiled, usable)
+    found = bounds(moved, report["tflops"]["hardware_a_device"], known) if report["tflops"] else {}
+    return report | found | memory(compiled, usable)
 
 
 def bounds(moved: hlo.Collectives, tflops: float, known: Chip) -> dict[str, Any]:
@@ -171,7 +183,7 @@ def _compile_tpu(lowered: jax.stages.Lowered, flags: Mapping[str, str]) -> tuple
 
 
 def describe(config: Config, mesh: Mesh, known: Chip, topology: str, step: Step) -> dict[str, Any]:
-    """Returns what is compiled, and the FLOPs of one step on all devices and per device."""
+    """Returns what is compiled, and the FLOPs of one step on all devices and per device; None of an encoder's."""
     dit, data = config.model.dit, config.data
     shape = flops.Shape(grid=config.synthetic.latent_grid, references=data.max_references, text_length=data.text_length)
     if step == "train":
@@ -181,6 +193,7 @@ def describe(config: Config, mesh: Mesh, known: Chip, topology: str, step: Step)
     else:
         model, again = flops.sample_flops(dit, shape, config.sampling), 0
         attention = flops.sample_attention_flops(dit, shape, config.sampling)
+    encoder = step in ("text", "decode")
     return {
         "step": step,
         "topology": topology,
@@ -197,8 +210,10 @@ def describe(config: Config, mesh: Mesh, known: Chip, topology: str, step: Step)
         "offload": dit.offload,
         "residual_dtype": dit.residual_dtype,
         "tiles": dataclasses.asdict(dit.tiles),
-        "parameters": count(model_shapes(config.model)["dit"]),
-        "tflops": {
+        "parameters": count(stage_params(config, step)[1] if encoder else model_shapes(config.model)["dit"]),
+        "tflops": None
+        if encoder
+        else {
             "model_a_sample": round(model / 1e12, 2),
             "model": round(model * data.batch_size / 1e12, 2),
             "hardware": round((model + again) * data.batch_size / 1e12, 2),

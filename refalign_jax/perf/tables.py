@@ -30,16 +30,20 @@ def summary(report: Mapping[str, Any]) -> str:
         "memory       " + ", ".join(f"{name.replace('_', ' ')} {size:.2f}" for name, size in sizes.items()) + " GiB",
         f"fits         {'yes' if report['fits'] else 'no'}"
         + (f", {100 * report['spare']:.1f}% to spare" if "spare" in report else ""),
-        f"FLOPs        {work['model']:,.0f} T model, {work['hardware']:,.0f} T with what is computed twice; "
-        f"{work['hardware_a_device']:,.1f} T per device",
     ]
+    if report.get("weights_dtype"):
+        lines.append(f"weights      {report['weights_dtype']}, quantised")
+    if work:
+        lines.append(
+            f"FLOPs        {work['model']:,.0f} T model, {work['hardware']:,.0f} T with what is computed twice; "
+            f"{work['hardware_a_device']:,.1f} T per device"
+        )
     if "collectives" in report:
         listed = [f"{kind} {c['count']} ({c['gb']:.2f} GB)" for kind, c in report["collectives"].items()]
-        seconds = [f"{name} {report['bound_seconds'][name]:.2f}" for name in BOUNDS]
-        lines += [
-            f"collectives  {', '.join(listed) or 'none'}, per device and step",
-            f"seconds      at least {', '.join(seconds)}; bound by {report['bound_by']}",
-        ]
+        seconds = [f"{name} {report['bound_seconds'][name]:.2f}" for name in BOUNDS] if work else []
+        lines.append(f"collectives  {', '.join(listed) or 'none'}, per device and step")
+        if seconds:
+            lines.append(f"seconds      at least {', '.join(seconds)}; bound by {report['bound_by']}")
     busy = f" ({report['compile_cpu_seconds']:.0f} s of CPU time)" if "compile_cpu_seconds" in report else ""
     lines.append(
         f"compiled in  {report['compile_seconds']:.0f} s{busy}, lowered in {report['lower_seconds']:.0f} s, by "
@@ -58,7 +62,9 @@ def compiler(report: Mapping[str, Any]) -> str:
 
 
 def table(reports: Sequence[Mapping[str, Any]]) -> str:
-    """Returns reports as a Markdown table, one per row."""
+    """Returns reports as a Markdown table, one per row; where none is of training, with the columns of sampling."""
+    if all(report["step"] != "train" for report in reports):
+        return _sampling_table(reports)
     names = (
         "step",
         "batch, latents, references",
@@ -92,6 +98,34 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
                 f"{sizes['total']:.1f} of {sizes['device']:.2f}",
                 f"{100 * report['spare']:.1f}%" if report["fits"] else "does not fit",
                 f"{100 * (work['hardware'] / work['model'] - 1):.0f}%",
+                f"{seconds['compute']:.1f} s, {seconds['links']:.1f} s" if seconds else "",
+                f"{report['compile_cpu_seconds']:.0f} s" if "compile_cpu_seconds" in report else "",
+            )
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _sampling_table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Reports of sampling and of the stages around it as a Markdown table."""
+    names = ("stage", "batch, latents, references", "mesh", "weights", "GiB per device: weights and inputs, all")
+    rows: list[Sequence[str]] = [
+        (*names, "spare", "TFLOP a video", "lower bounds: compute, links", "CPU time to compile"),
+        ("---",) * (len(names) + 4),
+    ]
+    stages = {"sample": "transformer", "text": "UMT5", "decode": "VAE decoder"}
+    stored = {"sample": "bfloat16", "text": "bfloat16", "decode": "float32"}
+    for report in reports:
+        sizes, seconds = report["memory_gib"], report.get("bound_seconds")
+        held = f"{sizes['arguments']:.1f}, " if "arguments" in sizes else ""
+        rows.append(
+            (
+                f"{stages[report['step']]}, {report['parameters'] / 1e9:.1f}e9 on {report['topology']}",
+                f"{report['batch']}, {'x'.join(map(str, report['latent_grid']))}, {report['references']}",
+                ", ".join(f"{name} {size}" for name, size in report["mesh"].items() if size > 1),
+                report.get("weights_dtype") or stored[report["step"]],
+                f"{held}{sizes['total']:.1f} of {sizes['device']:.2f}",
+                f"{100 * report['spare']:.1f}%" if report["fits"] else "does not fit",
+                f"{report['tflops']['model_a_sample']:,.0f}" if report["tflops"] else "",
                 f"{seconds['compute']:.1f} s, {seconds['links']:.1f} s" if seconds else "",
                 f"{report['compile_cpu_seconds']:.0f} s" if "compile_cpu_seconds" in report else "",
             )
