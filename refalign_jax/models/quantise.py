@@ -48,7 +48,7 @@ def shared_axis(path: str) -> int | None:
     return next((axis for pattern, axis in _SHARED_AXIS if pattern.search(path)), None)
 
 
-def quantise(weight: Float[np.ndarray, "..."], dtype: QuantisedDType, axis: int) -> Quantised:
+def quantise(weight: Float[np.ndarray, "*rest"], dtype: QuantisedDType, axis: int) -> Quantised:
     """Quantises an array on the host.
 
     Args:

@@ -13,11 +13,12 @@ A step takes at least as long as either. A GPU's compiler has no GPU to ask here
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -112,15 +113,8 @@ def compile_ahead(
     report = describe(config, mesh, known, topology, step)
     report |= {"weights_dtype": quantised, "flags": dict(options), "about": about()}
     began = time.perf_counter()
-    try:
-        with progress(f"lowering the {step} step"):
-            lowered = lower(config, mesh, step, quantised)
-    except RuntimeError as error:
-        if "cuDNN" not in str(error):
-            raise
-        raise ValueError(
-            f"--topology {topology!r} needs cuDNN's library ({error}): pip install -e '.[ahead-gpu]'."
-        ) from error
+    with progress(f"lowering the {step} step"), _asking_for_cudnn(topology):
+        lowered = lower(config, mesh, step, quantised)
     report["lower_seconds"] = round(time.perf_counter() - began, 1)
     began, busy = time.perf_counter(), time.process_time()
     try:
@@ -140,6 +134,19 @@ def compile_ahead(
     moved = hlo.collectives(hlo.parse(text))
     found = bounds(moved, report["tflops"]["hardware_a_device"], known) if report["tflops"] else {}
     return report | found | memory(compiled, usable)
+
+
+@contextlib.contextmanager
+def _asking_for_cudnn(topology: str) -> Iterator[None]:
+    """Raises in one sentence, as a ValueError, that cuDNN's library is missing."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "cuDNN" not in str(error):
+            raise
+        raise ValueError(
+            f"--topology {topology!r} needs cuDNN's library ({error}): pip install -e '.[ahead-gpu]'."
+        ) from error
 
 
 def bounds(moved: hlo.Collectives, tflops: float, known: Chip) -> dict[str, Any]:
