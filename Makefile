@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: install test lint format parity ahead demo demo-compare clean
+.PHONY: install test lint format parity ahead tables demo demo-compare clean
 
 # The package and its command `refalign`, with what tests, lint and documentation need.
 install: $(VENV)/.installed
@@ -56,6 +56,13 @@ demo: $(VENV)/.installed
 # The same with the published loss, without alignment, and with targets that do not contradict themselves; five seeds.
 demo-compare: $(VENV)/.installed
 	$(DEMO) --compare
+
+# Every report under benchmarks/ that the compilers made, made again by its own command; then the tables. Takes hours:
+# name some to make these alone, as in `make tables REPORTS="benchmarks/sample/*.json"`.
+REPORTS ?= $(wildcard $(addprefix benchmarks/,$(addsuffix /*.json,compiled gpu remat sample)))
+
+tables: $(VENV)/.ahead
+	$(BIN)/python tools/compile.py --again $(REPORTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

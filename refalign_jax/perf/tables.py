@@ -62,9 +62,14 @@ def compiler(report: Mapping[str, Any]) -> str:
 
 
 def table(reports: Sequence[Mapping[str, Any]]) -> str:
-    """Returns reports as a Markdown table, one per row; where none is of training, with the columns of sampling."""
-    if all(report["step"] != "train" for report in reports):
-        return _sampling_table(reports)
+    """Returns reports as a Markdown table, one per row; those of training, and those of sampling in one of their own."""
+    parts = [[report for report in reports if (report["step"] == "train") is train] for train in (True, False)]
+    tables = (make(part) for make, part in zip((_training_table, _sampling_table), parts, strict=True) if part)
+    return "\n\n".join(tables)
+
+
+def _training_table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Reports of training as a Markdown table."""
     names = (
         "step",
         "batch, latents, references",
@@ -94,7 +99,7 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
                 + (", with flags" if report["flags"] else ""),
                 f"{report['batch']}, {'x'.join(map(str, report['latent_grid']))}, {report['references']}",
                 ", ".join(f"{name} {size}" for name, size in report["mesh"].items() if size > 1),
-                policy if report["step"] == "train" else "",
+                policy,
                 f"{sizes['total']:.1f} of {sizes['device']:.2f}",
                 f"{100 * report['spare']:.1f}%" if report["fits"] else "does not fit",
                 f"{100 * (work['hardware'] / work['model'] - 1):.0f}%",

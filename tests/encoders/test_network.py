@@ -90,6 +90,14 @@ def test_umt5_with_its_tokenizer(text_folder):
         open_text_encoder(str(text_folder))
 
 
+def test_umt5_with_quantised_weights(text_folder):
+    exact = open_text_encoder(str(text_folder), compute_dtype="float32")
+    quantised = open_text_encoder(str(text_folder), compute_dtype="float32", quantised="int8")
+    assert quantised.describe() == exact.describe() | {"weights_dtype": "int8"}
+    (found,), (expected,) = quantised.encode(["a dog a cat"]), exact.encode(["a dog a cat"])
+    assert 1e-4 < relative(found, expected) < 0.1
+
+
 def test_a_tokenizer_outside_of_the_weights_is_digested_with_them(text_folder):
     for path in (text_folder, text_folder / "umt5.safetensors"):
         described = {"text": open_text_encoder(str(path), compute_dtype="float32").describe()}

@@ -3,17 +3,20 @@
 import dataclasses
 import json
 import math
+import subprocess
+from pathlib import Path
 
 import pytest
 from support.places import ROOT
 
+from refalign_jax.command import load
 from refalign_jax.config import Config, DataConfig, MeshConfig, ModelConfig, wan_14b
 from refalign_jax.devices import chip
 from refalign_jax.initial import model_shapes
 from refalign_jax.perf import hlo
 from refalign_jax.perf.ahead import bounds, needed_gib
 from refalign_jax.perf.search import POLICIES, candidates, meshes, options, ranked, suggest
-from refalign_jax.perf.tables import parameter_table, table
+from refalign_jax.perf.tables import parameter_table, summary, table
 from refalign_jax.perf.topology import known_chip
 from refalign_jax.sharding import make_mesh
 from refalign_jax.trees import count
@@ -126,3 +129,61 @@ def test_what_fits_nowhere_is_said(monkeypatch):
         (2, 2),
         (1, 4),
     }
+
+
+REPORTS = sorted(path for folder in ("compiled", "gpu", "remat", "sample") for path in ROOT.glob(f"benchmarks/{folder}/*"))
+
+
+def test_reports_are_made_again_by_their_own_commands(monkeypatch, capsys):
+    """The settings are in the reports alone: a recipe that exists, no place of another machine, the same file."""
+    ran = []
+
+    def run(command, **_):
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 2 if len(ran) == 1 else 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert load("compile")(["--again", *map(str, REPORTS)], "compile.py") == 2, "the first one failed"
+    printed = capsys.readouterr()
+    assert printed.out.count("\n| train, ") == sum("train" in path.read_text() for path in REPORTS if "sample" not in str(path))
+    assert f"unchanged: {REPORTS[0]}." in printed.err
+    for path, (_, tool, recipe, *arguments) in zip(REPORTS, ran, strict=True):
+        assert (ROOT / tool).samefile(ROOT / "tools/compile.py")
+        assert (ROOT / "configs" / Path(recipe).name).with_suffix(".py").exists()
+        assert "--topology" in arguments
+        assert arguments[-2:] == ["--json", str(path)]
+        assert arguments.count("--json") == 1
+        assert "--dump" not in arguments
+
+
+def test_what_is_no_report_is_not_made_again(tmp_path):
+    report = json.loads(REPORTS[0].read_text())
+    several, nameless = tmp_path / "several.json", tmp_path / "nameless.json"
+    several.write_text(json.dumps([report, report]))
+    report["about"]["command"] = "tools/compile.py --topology v5e:2x2"
+    nameless.write_text(json.dumps(report))
+    for path, why in ((several, "too many values"), (nameless, "its command names no recipe")):
+        with pytest.raises(ValueError, match=rf"--again .*{path.name}: no report of one compilation .*{why}"):
+            load("compile")(["--again", str(path)], "compile.py")
+
+
+def test_sampling_has_a_table_of_its_own():
+    report = json.loads((ROOT / "benchmarks/sample/14b_h100_int8.json").read_text())
+    stage = json.loads((ROOT / "benchmarks/sample/text_h100_int8.json").read_text())
+    train = json.loads((ROOT / "benchmarks/compiled/1_1.3b_v5e_4x4.json").read_text())
+    first, second = table([report, train, stage]).split("\n\n")
+    assert first == table([train])
+    assert second == table([report, stage])
+    _, _, row, text = second.splitlines()
+    assert "transformer, 14.3e9 on h100:1" in row
+    assert " int8 " in row
+    assert f"| {report['tflops']['model_a_sample']:,.0f} |" in row
+    assert "UMT5, 5.7e9 on h100:1" in text
+    assert "quantised" in summary(stage)
+
+
+def test_quantised_weights_are_for_sampling_alone():
+    common = ["tiny", "--topology", "v5e:2x2", "--weights-dtype", "int8"]
+    for more, why in (([], "for --step sample and text"), (["--step", "sample", "--sweep"], "--sweep and --suggest have")):
+        with pytest.raises(ValueError, match=why):
+            load("compile")([*common, *more], "compile.py")
