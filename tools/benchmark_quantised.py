@@ -102,7 +102,9 @@ def _trained(weights: str, samples: Path, videos: int) -> None:
         other = open_generator(weights, GenerateConfig(dtype="float32", weights_dtype=dtype)).transformer()
         pairs = [pair for id in inputs for pair in zip(velocities(other, id), exact[id], strict=True)]
         ends = [(_path(other, one, dit, config, generator.mesh)[-1], paths[id][-1]) for id, one in inputs.items()]
-        _report(f"{weights}, {len(inputs)} videos, {config.num_steps} steps", dtype, {"velocity": pairs, "latents": ends})
+        _report(
+            f"{weights}, {len(inputs)} videos, {config.num_steps} steps", dtype, {"velocity": pairs, "latents": ends}
+        )
 
 
 def _path(params: Params, one: Inputs, dit: DiTConfig, config: SamplingConfig, mesh: Any) -> list[np.ndarray]:

@@ -62,7 +62,7 @@ def compiler(report: Mapping[str, Any]) -> str:
 
 
 def table(reports: Sequence[Mapping[str, Any]]) -> str:
-    """Returns reports as a Markdown table, one per row; those of training, and those of sampling in one of their own."""
+    """Returns reports as a Markdown table, one per row; training and sampling each have one of their own."""
     parts = [[report for report in reports if (report["step"] == "train") is train] for train in (True, False)]
     tables = (make(part) for make, part in zip((_training_table, _sampling_table), parts, strict=True) if part)
     return "\n\n".join(tables)

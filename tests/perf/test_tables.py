@@ -131,7 +131,9 @@ def test_what_fits_nowhere_is_said(monkeypatch):
     }
 
 
-REPORTS = sorted(path for folder in ("compiled", "gpu", "remat", "sample") for path in ROOT.glob(f"benchmarks/{folder}/*"))
+REPORTS = sorted(
+    path for folder in ("compiled", "gpu", "remat", "sample") for path in ROOT.glob(f"benchmarks/{folder}/*")
+)
 
 
 def test_reports_are_made_again_by_their_own_commands(monkeypatch, capsys):
@@ -145,7 +147,9 @@ def test_reports_are_made_again_by_their_own_commands(monkeypatch, capsys):
     monkeypatch.setattr(subprocess, "run", run)
     assert load("compile")(["--again", *map(str, REPORTS)], "compile.py") == 2, "the first one failed"
     printed = capsys.readouterr()
-    assert printed.out.count("\n| train, ") == sum("train" in path.read_text() for path in REPORTS if "sample" not in str(path))
+    assert printed.out.count("\n| train, ") == sum(
+        "train" in path.read_text() for path in REPORTS if "sample" not in str(path)
+    )
     assert f"unchanged: {REPORTS[0]}." in printed.err
     for path, (_, tool, recipe, *arguments) in zip(REPORTS, ran, strict=True):
         assert (ROOT / tool).samefile(ROOT / "tools/compile.py")
@@ -184,6 +188,9 @@ def test_sampling_has_a_table_of_its_own():
 
 def test_quantised_weights_are_for_sampling_alone():
     common = ["tiny", "--topology", "v5e:2x2", "--weights-dtype", "int8"]
-    for more, why in (([], "for --step sample and text"), (["--step", "sample", "--sweep"], "--sweep and --suggest have")):
+    for more, why in (
+        ([], "for --step sample and text"),
+        (["--step", "sample", "--sweep"], "--sweep and --suggest have"),
+    ):
         with pytest.raises(ValueError, match=why):
             load("compile")([*common, *more], "compile.py")
