@@ -200,7 +200,7 @@ def describe(config: Config, mesh: Mesh, known: Chip, topology: str, step: Step)
     else:
         model, again = flops.sample_flops(dit, shape, config.sampling), 0
         attention = flops.sample_attention_flops(dit, shape, config.sampling)
-    encoder = step in ("text", "decode")
+    params = stage_params(config, step)[1] if step in ("text", "decode") else model_shapes(config.model)["dit"]
     return {
         "step": step,
         "topology": topology,
@@ -217,9 +217,9 @@ def describe(config: Config, mesh: Mesh, known: Chip, topology: str, step: Step)
         "offload": dit.offload,
         "residual_dtype": dit.residual_dtype,
         "tiles": dataclasses.asdict(dit.tiles),
-        "parameters": count(stage_params(config, step)[1] if encoder else model_shapes(config.model)["dit"]),
+        "parameters": count(params),
         "tflops": None
-        if encoder
+        if step in ("text", "decode")
         else {
             "model_a_sample": round(model / 1e12, 2),
             "model": round(model * data.batch_size / 1e12, 2),
