@@ -77,13 +77,19 @@ def _quantise(path: str, leaf: Any, dtype: QuantisedDType, adapters: Sequence[Ad
     assert axis is not None, path
     stack = axis == -2
     step = 1 if stack else 2**14
-    parts = []
+    found: Quantised | None = None
     for start in range(0, leaf.shape[0], step):
-        weight = np.asarray(leaf[slice(start, start + step),], np.float32)
+        span = slice(start, start + step)
+        weight = np.asarray(leaf[span,], np.float32)
         for _, delta in deltas_of(adapters, path, start) if stack else ():
             weight = weight + delta
         try:
-            parts.append(quantise(weight, dtype, axis))
+            part = quantise(weight, dtype, axis)
         except ValueError as error:
             raise ValueError(f"{path}, {'layer' if stack else 'rows from'} {start}: {error}") from error
-    return Quantised(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+        if found is None:
+            found = Quantised(*(np.empty((leaf.shape[0], *x.shape[1:]), x.dtype) for x in part))
+        for whole, x in zip(found, part, strict=True):
+            whole[span] = x
+    assert found is not None, path
+    return found

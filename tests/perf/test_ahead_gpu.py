@@ -1,6 +1,7 @@
 """Compilation for NVIDIA GPUs on a host without one: reports are right, impossible settings are refused."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -76,6 +77,26 @@ def test_bytes_of_collectives_are_those_of_a_counted_program(kind):
     received = 4 * (256 * 512 + 512 * 128) * 7 // 8
     assert moved.received["all-gather"] == received
     assert moved.received["reduce-scatter"] == received
+
+
+def test_quantised_weights_of_sampling(tmp_path):
+    """Arguments are a byte for each weight of the blocks' kernels, and no stack of them exists at full size."""
+    one = ("--mesh.fsdp", "1", "--mesh.context", "1", "--data.batch-size", "1", "--step", "sample", *SIXTEEN_BIT)
+    one += ("--model.dit.ffn-width", "16384")
+    reports = []
+    for name, options in (("whole", ()), ("int8", ("--weights-dtype", "int8"))):
+        out = ("--json", str(tmp_path / f"{name}.json"), "--dump", str(tmp_path / name))
+        done = run("--topology", "h100:1", *one, *options, *out)
+        assert done.returncode == 0, done.stderr
+        reports.append(json.loads((tmp_path / f"{name}.json").read_text()))
+    kernels, scales = 2 * (8 * 256 * 256 + 2 * 256 * 16384), 2 * (9 * 256 + 16384)
+    rest = reports[0]["parameters"] - kernels
+    saved = 2 * kernels - (kernels + 4 * scales) - 2 * rest  # what is not quantised is float32 instead of bfloat16
+    arguments = [report["memory_gib"]["arguments"] * 2**30 for report in reports]
+    assert arguments[0] - arguments[1] == pytest.approx(saved, abs=2**21)  # reports have three decimals of a GiB
+    text = (tmp_path / "int8" / "optimized.hlo.txt").read_text()
+    assert "s8[2,256,16384]" in text
+    assert not re.search(r"(bf16|f32)\[2,256,16384\]", text)
 
 
 def test_what_gpus_do_not_have_is_refused():
