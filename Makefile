@@ -36,11 +36,13 @@ $(VENV)/.ahead: $(VENV)/.installed
 
 # All tests but those of `make parity` and `make ahead`. A file's tests run in one process, which shares their programs.
 test: $(VENV)/.installed
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/parity --ignore-glob 'tests/perf/test_ahead*.py'
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/parity --ignore-glob 'tests/perf/test_ahead*.py' \
+		--ignore tests/studio/test_page.py
 
-# Against torch, diffusers and transformers; and preparation on Ray, which `make test` then runs too.
+# Against torch, diffusers and transformers; the studio's page in a browser; and preparation on Ray, which `make test`
+# then runs too.
 parity: $(VENV)/.parity
-	$(BIN)/pytest tests/parity tests/data/test_ray_engine.py
+	$(BIN)/pytest tests/parity tests/data/test_ray_engine.py tests/studio/test_page.py
 
 # Against the compilers of TPUs and GPUs, which need neither.
 ahead: $(VENV)/.ahead

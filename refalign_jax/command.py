@@ -199,7 +199,7 @@ def exit_with(call: Callable[[], int | None]) -> None:
     except (Exception, KeyboardInterrupt) as error:
         # An import or a callback that Ctrl-C stopped may have raised another error.
         stopped = bool(signals) or isinstance(error, KeyboardInterrupt)
-        code, sentence = (130, INTERRUPTED) if stopped else _judge(error)
+        code, sentence = (130, INTERRUPTED) if stopped else judge(error)
     finally:
         if before is not None:
             signal.signal(signal.SIGINT, signal.SIG_DFL if signals else before)
@@ -208,8 +208,11 @@ def exit_with(call: Callable[[], int | None]) -> None:
     sys.exit(_close_streams() or code)
 
 
-def _judge(error: BaseException) -> tuple[int, str]:
-    """The exit code and the sentence for an error: 2 for what the user can mend, 1 for what nobody foresaw."""
+def judge(error: BaseException) -> tuple[int, str]:
+    """The exit code and the sentence for an error: 2 for what the user can mend, 1 for what nobody foresaw.
+
+    The traceback of what nobody foresaw is kept in a file that the sentence names.
+    """
     text = str(error)
     if isinstance(error, BrokenPipeError):  # the reader of stdout or stderr, such as head, has had enough
         return 1, ""

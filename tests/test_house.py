@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer",),
     ("inference", "verify"),
     ("perf", "report", "evaluate"),
-    ("demo", "soak"),
+    ("demo", "soak", "studio"),
     ("tools",),
 )
 """Rooms from the ground up; a room imports from its own floor or from those below, never from those above.

@@ -179,14 +179,32 @@ def latent_shape(generator: Generator) -> tuple[int, int, int, int]:
     return (frames - 1) // 4 + 1, rows // codec.stride, columns // codec.stride, codec.channels
 
 
-def print_cut(requests: Sequence[Request], generator: Generator) -> None:
-    """Names the prompts that are cut at the text length, and how many tokens they lose."""
+def clean_estimate(
+    before: Float[np.ndarray, "F H W C"], after: Float[np.ndarray, "F H W C"], sigmas: tuple[float, float]
+) -> Float[np.ndarray, "F H W C"]:
+    """Where the straight line through two states of the sampler meets σ = 0.
+
+    x₀ = x' − σ'·(x' − x) / (σ' − σ). With Euler, x' − x = (σ' − σ)·v, so this is x − σ·v, the clean video that the
+    guided velocity of the step points to. With the other solvers it is close to it.
+
+    Args:
+      before: x, the state before a step.
+      after: x', the state after it.
+      sigmas: σ and σ', their noise levels.
+    """
+    sigma, following = sigmas
+    return after - following * (after - before) / (following - sigma)
+
+
+def cut_prompts(requests: Sequence[Request], generator: Generator) -> list[str]:
+    """A sentence for each prompt that is cut at the text length, with how many tokens it loses."""
     if not requests or generator.text is None or generator.given.embeddings is not None:
-        return
-    most = min(generator.config.data.text_length, MAX_TEXT_LENGTH)
+        return []
+    most, found = min(generator.config.data.text_length, MAX_TEXT_LENGTH), []
     prompts = [*((request.id, request.prompt) for request in requests), ("", generator.generate.negative_prompt or "")]
     counts = generator.text.count_tokens([prompt for _, prompt in prompts])
     for (id, _), count in zip(prompts, counts, strict=True):
         if count > most:
             name = f"The prompt of {id}" if id else "The negative prompt"
-            print(f"{name} has {count} tokens; it is cut at {most} and loses {count - most}.", flush=True)
+            found.append(f"{name} has {count} tokens; it is cut at {most} and loses {count - most}.")
+    return found

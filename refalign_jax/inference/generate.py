@@ -16,9 +16,9 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -31,10 +31,10 @@ from refalign_jax.digests import Digests
 from refalign_jax.inference.draw import (
     Inputs,
     batches,
+    cut_prompts,
     denoise,
     embed,
     noise_of,
-    print_cut,
     references_of,
     rows_per_call,
     stack,
@@ -57,13 +57,35 @@ from refalign_jax.inference.outputs import (
 from refalign_jax.inference.references import has_background, prepare_references
 from refalign_jax.inference.requests import Request, unreadable
 from refalign_jax.locks import FolderInUseError, exclusive
-from refalign_jax.types import Float
+from refalign_jax.types import Array, Float
 
 ROUND = 64
 """Videos of a round: after so many, the networks are read again."""
 
 WAIT_SECONDS = 60.0
 """How long a process waits for another one to enter its videos into samples.json."""
+
+
+class Progress(NamedTuple):
+    """How far one video is.
+
+    Attributes:
+      stage: what is being done: prompt and references are encoded, the transformer is read, steps are taken, the video
+        is decoded and written.
+      step: the number of steps that are done.
+      num_steps: N, the number of all.
+      latents: the state after these steps, at the noise level σ_step; the first of the batch is the video's. None
+        before and after the sampler runs.
+    """
+
+    stage: Literal["prompt", "references", "transformer", "sample", "decode"]
+    step: int
+    num_steps: int
+    latents: Float[Array, "B F H W C"] | Float[np.ndarray, "B F H W C"] | None = None
+
+
+Watch = Callable[[Progress], None]
+"""Is called as a video is made; what it raises ends the making."""
 
 
 def generate(requests: Sequence[Request], out: Path, generator: Generator) -> list[dict[str, Any]]:
@@ -114,7 +136,9 @@ def generate(requests: Sequence[Request], out: Path, generator: Generator) -> li
         return [folder.entries[request.id] for request in requests]
 
 
-def generate_one(request: Request, out: Path, generator: Generator, show_references: bool = False) -> dict[str, Any]:
+def generate_one(
+    request: Request, out: Path, generator: Generator, show_references: bool = False, watch: Watch | None = None
+) -> dict[str, Any]:
     """Samples one video into a file, and describes it in a JSON file beside it.
 
     Args:
@@ -123,6 +147,7 @@ def generate_one(request: Request, out: Path, generator: Generator, show_referen
       generator: weights, encoders and settings.
       show_references: whether to write the references as the model sees them, before anything is sampled, as
         <out>-reference-0.png and so on.
+      watch: is called when a stage begins and after each step.
 
     Returns:
       What the JSON file holds.
@@ -137,16 +162,13 @@ def generate_one(request: Request, out: Path, generator: Generator, show_referen
     faults = unreadable([request])
     if faults:
         raise ValueError(f"{faults[request.id]}.")
-    cache = Path.home() / ".cache" / "refalign_jax"
-    with contextlib.suppress(OSError):
-        cache.mkdir(parents=True, exist_ok=True)
-    with Digests(cache) as digests:
+    with Digests(digest_cache()) as digests:
         made = generator.made | {"digests": generator.digests(digests)}
         entry = describe_sample(request, made, digests, generator.generate.saved, stem=out.stem)
         if not show_references:
             entry["references"] = [{**about, "image": ""} for about in entry["references"]]
         _print_hints([request], generator)
-        stages = _Stages([request], generator)
+        stages = _Stages([request], generator, watch)
         images = stages.prepare()
         if stages.faults:
             raise ValueError(f"{stages.faults[request.id]}.")
@@ -154,10 +176,19 @@ def generate_one(request: Request, out: Path, generator: Generator, show_referen
         latents = dict(stages.draw({}))
         if stages.faults:
             raise ValueError(f"{stages.faults[request.id]}.")
+        stages.report("decode", generator.config.sampling.num_steps)
         write_files(out.parent, entry, latents[request.id], generator.codec)
         generator.release()
         write_text(out.with_suffix(".json"), json.dumps(entry, indent=1, ensure_ascii=False))
         return entry
+
+
+def digest_cache() -> Path:
+    """The folder that keeps digests of weights from one video to the next."""
+    cache = Path.home() / ".cache" / "refalign_jax"
+    with contextlib.suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+    return cache
 
 
 class _Folder(NamedTuple):
@@ -222,10 +253,15 @@ def _make(part: Sequence[Request], wanted: Mapping[str, Any], folder: _Folder, w
 class _Stages:
     """The stages of some requests before their videos; `faults` collects the reasons of those that fail, by id."""
 
-    def __init__(self, requests: Sequence[Request], generator: Generator) -> None:
-        self._requests, self._generator = requests, generator
+    def __init__(self, requests: Sequence[Request], generator: Generator, watch: Watch | None = None) -> None:
+        self._requests, self._generator, self._watch = requests, generator, watch
         self._images: dict[str, UInt8[np.ndarray, "R h w 3"]] = {}
         self.faults: dict[str, str] = {}
+
+    def report(self, stage: Any, step: int = 0, latents: Any = None) -> None:
+        """Calls `watch`, if there is one, with what `Progress` holds."""
+        if self._watch:
+            self._watch(Progress(stage, step, self._generator.config.sampling.num_steps, latents))
 
     def prepare(self) -> dict[str, UInt8[np.ndarray, "R h w 3"]]:
         """Reads the references and puts them on white; returns them by id."""
@@ -249,15 +285,18 @@ class _Stages:
         inputs = self._inputs(todo)
         size = rows_per_call(generator)
         groups = batches(inputs, size)
+        self.report("transformer")
         config, params = generator.config, generator.transformer()
         with tqdm(total=len(groups) * config.sampling.num_steps, desc="sample", unit="step") as bar:
             for number, ids in enumerate(groups):
                 bar.set_postfix_str(f"video {sum(map(len, groups[:number])) + 1} of {len(inputs)}")
                 batch = stack([inputs[id] for id in ids], size)
                 drawn = denoise(params, batch, dit=config.model.dit, config=config.sampling, mesh=generator.mesh)
-                for x in drawn:
+                self.report("sample", 0, batch.noise)
+                for step, x in enumerate(drawn, 1):
                     x.block_until_ready()
                     bar.update()
+                    self.report("sample", step, x)
                 for id, latents in zip(ids, np.asarray(x)[: len(ids)], strict=True):
                     if np.isfinite(latents).all():
                         yield id, latents
@@ -269,9 +308,11 @@ class _Stages:
     def _inputs(self, todo: Sequence[Request]) -> dict[str, Inputs]:
         """What each request is drawn from; text encoder and codec are in memory one after the other."""
         generator = self._generator
+        self.report("prompt")
         text = embed(todo, generator)
         generator.release()
         inputs: dict[str, Inputs] = {}
+        self.report("references")
         for request in tqdm(todo, desc="encode references", unit="request", delay=5):
             try:
                 references = references_of(request, self._images[request.id], generator)
@@ -291,7 +332,8 @@ class _Stages:
 
 def _print_hints(requests: Sequence[Request], generator: Generator) -> None:
     """Prints what may make videos worse than they need be: prompts that are cut, references with a background."""
-    print_cut(requests, generator)
+    for sentence in cut_prompts(requests, generator):
+        print(sentence, flush=True)
     if generator.cut_out is None:
         whole = [r.path for request in requests for r in request.references if _has_background(r)]
         if whole:

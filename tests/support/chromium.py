@@ -54,14 +54,32 @@ class Page:
 
     def show(self, path: Path, width: int, height: int = 900, dark: bool = False) -> None:
         """Opens a file in a window of so many CSS pixels, and waits until pictures and videos are there."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-        self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.resize(width, height)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Page.navigate", url=path.absolute().as_uri())
         self.wait_for("location.protocol == 'file:' && document.readyState == 'complete'")
         self.wait_for("[...document.images].every(i => i.complete)")
         self.wait_for("[...document.querySelectorAll('video')].every(v => v.readyState >= 1 || v.error)")
+
+    def visit(self, url: str) -> None:
+        """Opens an address and waits until its document is there."""
+        self.call("Page.navigate", url=url)
+        self.wait_for(f"location.href.startsWith({json.dumps(url)}) && document.readyState == 'complete'")
+
+    def resize(self, width: int, height: int) -> None:
+        """Gives the window so many CSS pixels; narrow ones are a phone's."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+
+    def drop(self, selector: str, *paths: Path) -> None:
+        """Drags files over the middle of an element and drops them there."""
+        where = f"(b => [b.x + b.width / 2, b.y + b.height / 2])(document.querySelector({json.dumps(selector)})"
+        self.evaluate(f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})")
+        x, y = self.evaluate(f"{where}.getBoundingClientRect())")
+        data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
 
     def evaluate(self, expression: str) -> Any:
         """The JSON value of a JavaScript expression."""

@@ -96,6 +96,7 @@ def test_the_entry_point_refuses_an_unknown_command(monkeypatch, capsys):
         (["prepare", "none.txt", "d"], "The ending of none.txt does not show what kind of records it holds"),
         (["prepare", ".", "d"], ". is a folder; name the file that holds the records"),
         (["sample", "none", "none.jsonl", "out"], "none.jsonl"),
+        (["studio"], "runs/demo/seed-0 holds no run of the demo; name weights, or run `make demo` first"),
         (["overview", "none"], "none/manifest.json"),
         (["verify", "none"], "none"),
         (["report", "none"], "none"),
