@@ -20,12 +20,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from refalign_jax.atomic import atomic_write
 from refalign_jax.command import judge
 from refalign_jax.config import GenerateConfig
 from refalign_jax.data.records import Reference
-from refalign_jax.data.video import to_pixels
+from refalign_jax.data.video import read_frames, to_pixels
 from refalign_jax.digests import Digests
 from refalign_jax.inference.draw import clean_estimate, cut_prompts
 from refalign_jax.inference.generate import Progress, digest_cache, generate_one
@@ -84,6 +85,11 @@ class Job:
     """What the JSON file beside the video holds, once it is there."""
     stop: bool = False
     """Whether the job is to end after the step that is being taken."""
+
+    @property
+    def still(self) -> Path:
+        """The PNG of the first frame."""
+        return self.out.parent / "stills" / f"{self.out.stem}.png"
 
 
 class Studio:
@@ -204,7 +210,7 @@ class Studio:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Cancels all jobs, waits for the end of the step that is being taken, and removes the folder if it is empty."""
+        """Cancels all jobs, waits for the end of the current step, and removes the folder if it is empty."""
         with self._changed:
             self._closing = True
             for job in self._queue:
@@ -270,7 +276,9 @@ class Studio:
         """Makes one video; returns how it ended, and never raises."""
         began, watch = time.monotonic(), _Watch(self, job)
         try:
-            job.entry = generate_one(job.request, job.out, job.generator, True, watch)
+            entry = generate_one(job.request, job.out, job.generator, True, watch)
+            self._write_still(job)
+            job.entry = entry
         except CancelledError:
             return Shown("cancelled", "Cancelled.")
         except Exception as error:
@@ -284,6 +292,12 @@ class Studio:
         notes = cut_prompts([job.request], job.generator)
         cut = " ".join(note.replace(f"The prompt of {REQUEST_ID}", "The prompt") for note in notes)
         return Shown("done", f"Done in {duration(time.monotonic() - began)}. {cut}".strip(), 1.0)
+
+    def _write_still(self, job: Job) -> None:
+        """Writes a video's first frame, by which it is found among others."""
+        job.still.parent.mkdir(exist_ok=True)
+        with atomic_write(job.still) as temporary:
+            Image.fromarray(read_frames(job.out, [0])[0]).save(temporary, format="PNG")
 
     def show(self, job: Job, shown: Shown) -> None:
         """Shows something new of the job that runs.

@@ -9,6 +9,7 @@ import html
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -20,6 +21,9 @@ from typing import Any, NamedTuple
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it is read when Gradio is imported
 
 import gradio as gr
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from refalign_jax.config.sample import SolverName
 from refalign_jax.data.records import Reference
@@ -41,7 +45,8 @@ footer { display: none !important; }
   background: var(--error-background-fill); color: var(--error-text-color); }
 #preview button, #preview .image-frame, #preview .image-container { width: 100% !important; }
 #preview img, #video video { width: 100% !important; max-height: min(60vh, 520px); object-fit: contain; }
-#gallery .grid-wrap { min-height: 0 !important; height: auto !important; padding-top: 2.2rem; }
+#gallery .grid-wrap { padding-top: 2.2rem; }
+#gallery .grid-wrap { min-height: 0 !important; height: auto !important; max-height: none !important; }
 #gallery .thumbnail-item svg { width: 32px; height: 32px; }
 @media (max-width: 600px) { #gallery .grid-container { grid-template-columns: 1fr 1fr !important; } }
 """
@@ -112,6 +117,7 @@ def serve(studio: Studio, host: str, port: int, examples: Path) -> None:
             allowed_paths=[str(studio.folder)],
             theme=gr.themes.Base(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             css=_CSS,
+            app_kwargs={"middleware": [Middleware(_NothingFromElsewhere)]},
         )
         shown = f"[{host}]" if ":" in host else host
         print(f"The studio is at http://{shown}:{port}/; Ctrl-C ends it. Videos go to {studio.folder}.", flush=True)
@@ -124,6 +130,19 @@ def serve(studio: Studio, host: str, port: int, examples: Path) -> None:
             page.close(verbose=False)
 
 
+class _NothingFromElsewhere:
+    """Refuses the addresses under which Gradio would fetch a file from another host."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request."""
+        refused = re.search(r"/(file|proxy)=\s*https?:", scope.get("path", ""), re.IGNORECASE)
+        app = PlainTextResponse("Only files of this page are served.", 403) if refused else self._app
+        await app(scope, receive, send)
+
+
 def build(studio: Studio, examples: Sequence[Request]) -> gr.Blocks:
     """Builds the page.
 
@@ -132,7 +151,7 @@ def build(studio: Studio, examples: Sequence[Request]) -> gr.Blocks:
       examples: what the button "Try an example" fills in, one after the other.
     """
     with gr.Blocks(title="RefAlign studio", analytics_enabled=False) as page:
-        weights = html.escape(studio.generator.weights)
+        weights = html.escape(studio.generator.weights.removeprefix(f"{Path.cwd()}/"))
         gr.HTML(f"<h1>RefAlign studio</h1><p>Weights: {weights}</p>", elem_id="head")
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
@@ -237,7 +256,7 @@ def _make_results() -> _Results:
     )
     with gr.Row():
         files = [
-            gr.DownloadButton(f"Download {kind}", visible=False, min_width=120, elem_id=kind.lower())
+            gr.DownloadButton(f"Download {kind}", visible=False, size="md", min_width=120, elem_id=kind.lower())
             for kind in ("MP4", "JSON")
         ]
     with gr.Accordion("How it was made", open=False, visible=False) as how:
@@ -367,7 +386,7 @@ def _wire_drawing(studio: Studio, page: gr.Blocks, inputs: _Inputs, results: _Re
 
 def _finished(studio: Studio, results: _Results) -> dict[Any, Any]:
     """The gallery, newest first."""
-    items = [(str(job.out), job.request.prompt) for job in studio.finished[::-1]]
+    items = [(str(job.still), job.request.prompt) for job in studio.finished[::-1]]
     return {results.gallery: gr.Gallery(items, visible=bool(items))}
 
 

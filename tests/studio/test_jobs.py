@@ -15,6 +15,7 @@ from refalign_jax.convert.checkpoint import save_params
 from refalign_jax.convert.transfer import export_weights
 from refalign_jax.data.images import read_image
 from refalign_jax.data.records import Reference
+from refalign_jax.data.video import write_video
 from refalign_jax.inference.draw import clean_estimate
 from refalign_jax.inference.generate import Progress, generate_one
 from refalign_jax.inference.opening import open_generator
@@ -100,6 +101,7 @@ class Stage:
         watch(Progress("sample", 1, 3, np.zeros((1, 2, 4, 6, 4))))
         if request.prompt == "bad":
             raise ValueError("The weights are at fault.")
+        write_video(out, np.zeros((1, 32, 48, 3), np.uint8), 8)
         return {"prompt": request.prompt}
 
 
@@ -119,7 +121,8 @@ def test_one_at_a_time_in_order_and_each_can_be_cancelled(studio, monkeypatch):
     assert states(studio, third)[-1] == "done"
     studio.cancel(third)
     assert next(studio.updates(third)).state == "done"
-    assert sorted(path.name for path in studio.folder.iterdir()) == ["0003-reference-0.png"]
+    assert sorted(path.name for path in studio.folder.iterdir()) == ["0003-reference-0.png", "0003.mp4", "stills"]
+    assert read_image(third.still).shape == (32, 48, 3)
 
 
 def test_a_failure_is_a_sentence_and_the_next_video_is_made(studio, monkeypatch):
