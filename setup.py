@@ -33,6 +33,7 @@ setup(
     package_data={
         "refalign_jax.report": ["templates/*"],
         "refalign_jax.inference": ["templates/*"],
+        "refalign_jax.studio": ["templates/*"],
         "refalign_jax": ["py.typed"],
     },
     install_requires=[

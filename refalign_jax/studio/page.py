@@ -31,25 +31,7 @@ from refalign_jax.inference.outputs import read_samples
 from refalign_jax.inference.requests import Request
 from refalign_jax.studio.jobs import Job, Shown, Studio
 
-_CSS = """
-.gradio-container { width: 100% !important; max-width: 1240px !important; margin: 0 auto !important; }
-.gradio-container > .main { padding: 16px !important; }
-footer { display: none !important; }
-#head h1 { font-size: 1.35rem; font-weight: 650; margin: 0; }
-#head p, .small { font-size: .85rem; margin: .15rem 0 0; opacity: .75; }
-#head p, .small, .wrong { overflow-wrap: anywhere; }
-.bar { height: 8px; border-radius: 4px; background: var(--border-color-primary); overflow: hidden; margin-bottom: 8px; }
-.bar div { height: 100%; background: var(--primary-500); }
-.says { margin: 0; min-height: 1.5em; font-variant-numeric: tabular-nums; }
-.wrong { margin: 0 0 6px; padding: 10px 12px; border-radius: 8px; border: 1px solid var(--error-border-color);
-  background: var(--error-background-fill); color: var(--error-text-color); }
-#preview button, #preview .image-frame, #preview .image-container { width: 100% !important; }
-#preview img, #video video { width: 100% !important; max-height: min(60vh, 520px); object-fit: contain; }
-#gallery .grid-wrap { padding-top: 2.2rem; }
-#gallery .grid-wrap { min-height: 0 !important; height: auto !important; max-height: none !important; }
-#gallery .thumbnail-item svg { width: 32px; height: 32px; }
-@media (max-width: 600px) { #gallery .grid-container { grid-template-columns: 1fr 1fr !important; } }
-"""
+_CSS = Path(__file__).parent / "templates" / "page.css"
 _TO_STATUS = "() => innerWidth < 700 && document.querySelector('#status').scrollIntoView({behavior: 'smooth'})"
 """On a phone, what is drawn lies below what is filled in."""
 
@@ -116,7 +98,7 @@ def serve(studio: Studio, host: str, port: int, examples: Path) -> None:
             max_file_size=_HUGE,
             allowed_paths=[str(studio.folder)],
             theme=gr.themes.Base(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-            css=_CSS,
+            css_paths=_CSS,
             app_kwargs={"middleware": [Middleware(_NothingFromElsewhere)]},
         )
         shown = f"[{host}]" if ":" in host else host
