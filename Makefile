@@ -30,6 +30,14 @@ $(VENV)/.parity: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[parity,ray]'
 	touch $@
 
+# Gradio wants an older Pillow than the rest, so it gets an environment on top of the other one, which stays as it is.
+$(VENV)/.studio: $(VENV)/.installed
+	$(BIN)/python -m venv $(VENV)/studio
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(VENV)/studio/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	$(VENV)/studio/bin/pip install --quiet --editable '.[studio]'
+	touch $@
+
 $(VENV)/.ahead: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[ahead,ahead-gpu]'
 	touch $@
@@ -39,10 +47,11 @@ test: $(VENV)/.installed
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/parity --ignore-glob 'tests/perf/test_ahead*.py' \
 		--ignore tests/studio/test_page.py
 
-# Against torch, diffusers and transformers; the studio's page in a browser; and preparation on Ray, which `make test`
-# then runs too.
-parity: $(VENV)/.parity
-	$(BIN)/pytest tests/parity tests/data/test_ray_engine.py tests/studio/test_page.py
+# Against torch, diffusers and transformers; preparation on Ray, which `make test` then runs too; and the studio's page in
+# a browser.
+parity: $(VENV)/.parity $(VENV)/.studio
+	$(BIN)/pytest tests/parity tests/data/test_ray_engine.py
+	$(VENV)/studio/bin/python -m pytest tests/studio/test_page.py
 
 # Against the compilers of TPUs and GPUs, which need neither.
 ahead: $(VENV)/.ahead

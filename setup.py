@@ -9,7 +9,6 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DATA = ["pycocotools>=2.0.8,<3", "pyarrow>=18", "fsspec>=2025.3"]
-STUDIO = ["gradio>=6.31,<7"]
 
 setup(
     name="refalign-jax",
@@ -70,14 +69,9 @@ setup(
         "evaluate": ["opencv-python-headless>=4.10,<6"],  # motion amplitude: tools/evaluate.py
         "ray": ["ray[data]>=2.51,<3"],  # preparation on several machines: tools/prepare.py --engine ray
         "background": ["rembg[cpu]>=2.0.60,<3"],  # removes the background of references: tools/sample.py
-        "studio": STUDIO,  # a page in the browser: tools/studio.py
+        "studio": ["gradio>=6.31,<7"],  # a page in the browser: tools/studio.py
         "ahead-gpu": ["jax-cuda13-plugin", "nvidia-cudnn-cu13"],  # compiles for NVIDIA GPUs that are not present
-        "parity": [  # tests against other frameworks' models, and of the studio's page
-            *STUDIO,
-            "torch==2.13.0",
-            "diffusers>=0.40,<0.43",
-            "ftfy>=6.2,<7",
-        ],
+        "parity": ["torch==2.13.0", "diffusers>=0.40,<0.43", "ftfy>=6.2,<7"],  # tests against other frameworks' models
         "data": DATA,  # reads OpenS2V-5M and Phantom-Data
         "dev": [  # tests, lint, types, wheels
             *DATA,
