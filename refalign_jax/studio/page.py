@@ -192,7 +192,9 @@ def _make_settings(studio: Studio) -> tuple[dict[str, Any], gr.Number]:
             frames, label="Frames, 4k+1", precision=0, min_width=90, elem_id="num_frames"
         )
     with gr.Row():
-        settings["num_steps"] = gr.Number(sampling.num_steps, label="Steps", precision=0, min_width=90)
+        settings["num_steps"] = gr.Number(
+            sampling.num_steps, label="Steps", precision=0, min_width=90, elem_id="num_steps"
+        )
         settings["solver"] = gr.Dropdown(
             list(typing.get_args(SolverName)), value=sampling.solver, label="Solver", min_width=90
         )
@@ -218,6 +220,7 @@ def _make_settings(studio: Studio) -> tuple[dict[str, Any], gr.Number]:
         label="Steps between previews",
         info="0 for none, which spares the memory of the VAE while steps are taken.",
         precision=0,
+        elem_id="preview_every",
     )
     return settings, preview_every
 

@@ -116,6 +116,21 @@ def test_a_setting_that_makes_no_video_is_a_sentence_and_the_page_goes_on(tab, p
     assert json.loads((out / "0002.json").read_text())["made"]["size"] == [1, 32, 48]
 
 
+def test_a_video_is_cancelled_and_the_page_goes_on(tab, place):
+    (out,) = (place / "videos").iterdir()
+    before = sorted(path.name for path in out.iterdir())
+    fill(tab, "#num_steps input", "100000")  # takes until it is cancelled
+    fill(tab, "#preview_every input", "2")
+    tab.evaluate("document.querySelector('#draw').click()")
+    tab.wait_for("(document.querySelector('#cancel')?.offsetParent ?? null) != null")
+    tab.wait_for(f"{text('#status')}.includes(' of 100000, about ')")
+    tab.wait_for("document.querySelector('#preview img')?.naturalWidth == 48")
+    tab.evaluate("document.querySelector('#cancel').click()")
+    tab.wait_for(f"{text('#status')} == 'Cancelled.'")
+    tab.wait_for("(document.querySelector('#draw')?.offsetParent ?? null) != null")
+    assert sorted(path.name for path in out.iterdir()) == before
+
+
 def test_it_fits_a_phone_asks_nobody_else_and_the_console_is_silent(tab, tmp_path):
     tab.resize(390, 844)
     tab.wait_for("innerWidth == 390")
