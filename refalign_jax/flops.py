@@ -15,7 +15,6 @@ from typing import Literal
 
 from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig, SamplingConfig
 
-
 Kernel = Literal["splash", "cudnn", "xla"]
 """Kernel of attention."""
 

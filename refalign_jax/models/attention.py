@@ -203,11 +203,20 @@ def attention(
         kernel = _fast_kernel(q.dtype)
     if kernel == "splash":
         return _splash(q, k, v, lengths, tiles)
+    if kernel == "cudnn" and (q.shape[1] % 2 or k.shape[1] % 2):
+        return _even_cudnn(q, k, v, lengths)
     exact = jax.default_matmul_precision("highest") if q.dtype == jnp.float32 else contextlib.nullcontext()
     with exact:
         fused: Literal["xla", "cudnn"] = "cudnn" if kernel == "cudnn" else "xla"
         out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation=fused)
     return out if kernel == "cudnn" else checkpoint_name(out, ATTENTION_OUTPUT)  # cuDNN's is named by its primitive
+
+
+def _even_cudnn(q: Array, k: Array, v: Array, lengths: Array | None) -> Float[Array, "B Q N K"]:
+    """cuDNN's attention of odd numbers of tokens, whose gradient it refuses: with a token of padding behind them."""
+    lengths = jnp.full(k.shape[0], k.shape[1]) if lengths is None else lengths
+    padded = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    return attention(*padded, lengths, "cudnn")[:, : q.shape[1]]
 
 
 def _fast_kernel(dtype: jnp.dtype) -> AttentionKernel:

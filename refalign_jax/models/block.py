@@ -4,8 +4,9 @@
     x += CrossAttention(LN_affine(x), text)                      video tokens only; in Phantom-Wan references too
     x += gate₂ · FFN(LN(x)·(1 + scale₂) + shift₂)                each token by itself
 
-Video and reference tokens are two arrays, called streams, that meet in self-attention alone. So nothing is cut out of a
-longer sequence, and on a mesh each stream is split evenly by itself, padded where its tokens don't divide.
+Where a mesh splits the tokens, video and reference tokens are two arrays, called streams, that meet in self-attention
+alone. So nothing is cut out of a longer sequence, and each stream is split evenly by itself, padded where its tokens
+don't divide. Elsewhere they are one stream, so that each operation and each kernel's gradient is computed once.
 """
 
 from __future__ import annotations
@@ -15,17 +16,27 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
 from refalign_jax.config import DiTConfig
 from refalign_jax.models.attention import cross_attention, self_attention
-from refalign_jax.models.layers import HIDDEN_OUTPUT, Linear, RMSNorm, layer_norm
-from refalign_jax.models.rope import Rotation, rotate
+from refalign_jax.models.gradients import (
+    Modulation,
+    Product,
+    add_gated,
+    after,
+    gelu,
+    modulated_norm,
+    modulated_products,
+    rms_norm,
+)
+from refalign_jax.models.layers import HIDDEN_OUTPUT, LINEAR_OUTPUT, Linear, LinearParams
+from refalign_jax.models.rope import Rotation
 from refalign_jax.sharding import CONDITION, HIDDEN, TOKENS, constrain
 from refalign_jax.types import Array, Float, Int
 
 Streams = tuple[Float[Array, "B _ D"], ...]
-"""(video tokens [B, L, D],) or (video tokens [B, L, D], reference tokens [B, R·P, D]), and padding behind each."""
+"""(video tokens [B, L, D],) or (video tokens [B, L, D], reference tokens [B, R·P, D]), and padding behind each; or
+both in one, (tokens [B, L + R·P, D],)."""
 
 BLOCK_INPUT = "block_input"
 """Checkpoint name of a block's input, which can be offloaded to the host's memory."""
@@ -40,6 +51,7 @@ class Shared(NamedTuple):
       rotations: rotary cosines and sines of each stream.
       sizes: number of tokens of each stream without the padding behind it.
       lengths: number of tokens of each sample that are not padded references; None: all.
+      video: number of video tokens, where references follow them in the same stream; None: each has its own.
     """
 
     time: Float[Array, "B 6 D"]
@@ -47,6 +59,30 @@ class Shared(NamedTuple):
     rotations: tuple[Rotation, ...]
     sizes: tuple[int, ...]
     lengths: Int[Array, " B"] | None
+    video: int | None = None
+
+
+class HeadsNorm(nn.Module):
+    """Queries or keys RMS-normalised over all heads together, and rotated."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T N K"], turn: Rotation | None = None) -> Float[Array, "B T N K"]:
+        """Returns x normalised and, if `turn` is given, rotated; in x's dtype."""
+        N, K = x.shape[2:]
+        scale = self.param("scale", nn.initializers.ones, (N * K,))
+        return rms_norm(x, scale.reshape(N, K), turn, self.eps)
+
+
+class NormParams(nn.Module):
+    """The scale and bias of a layer norm."""
+
+    @nn.compact
+    def __call__(self, width: int) -> Modulation:
+        """Returns both as [1, 1, width]."""
+        scale = self.param("scale", nn.initializers.ones, (width,))
+        return scale[None, None], self.param("bias", nn.initializers.zeros, (width,))[None, None]
 
 
 class SelfAttention(nn.Module):
@@ -55,23 +91,23 @@ class SelfAttention(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, streams: Streams, shared: Shared) -> Streams:
-        """Maps normalised tokens to attended tokens, shapes kept."""
+    def __call__(self, streams: Streams, modulation: Modulation, shared: Shared) -> tuple[Product, ...]:
+        """Maps tokens, which are normalised and modulated here, to what attention adds to each stream."""
         c = self.config
         dtype = jnp.dtype(c.compute_dtype)
-        query, key, value = (Linear(c.width, dtype, HIDDEN, name=name) for name in ("query", "key", "value"))
-        query_norm, key_norm = (RMSNorm(c.eps, name=name) for name in ("query_norm", "key_norm"))
-        turned = tuple(zip(streams, shared.rotations, strict=True))
-        attended = self_attention(
-            tuple(rotate(_heads(query_norm(query(x)), c), turn) for x, turn in turned),
-            tuple(rotate(_heads(key_norm(key(x)), c), turn) for x, turn in turned),
-            tuple(_heads(value(x), c) for x in streams),
-            shared.sizes,
-            shared.lengths,
-            c,
-        )
-        out = Linear(c.width, dtype, name="out")
-        return tuple(out(_merge(x)) for x in attended)
+        query, key, value = (LinearParams(c.width, dtype, name=name)(c.width) for name in ("query", "key", "value"))
+        query_norm, key_norm = (HeadsNorm(c.eps, name=name) for name in ("query_norm", "key_norm"))
+        queries, keys, values, constants = [], [], [], []
+        for x, turn in zip(streams, shared.rotations, strict=True):
+            q, k, (v, constant) = modulated_products(x, modulation, (query, key, value), c.eps)
+            queries.append(query_norm(_heads(_kept(*q), c), turn))
+            keys.append(key_norm(_heads(_kept(*k), c), turn))
+            values.append(_heads(_kept(v), c))
+            constants.append(constant)
+        attended = self_attention(tuple(queries), tuple(keys), tuple(values), shared.sizes, shared.lengths, c)
+        kernel, bias = LinearParams(c.width, dtype, name="out")(c.width)
+        # The weights of attention sum to 1, so what all values have in common is added behind it.
+        return tuple(after(constants[0], Product(_merge(x), kernel, bias[None, None])) for x in attended)
 
 
 class CrossAttention(nn.Module):
@@ -80,32 +116,33 @@ class CrossAttention(nn.Module):
     config: DiTConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B L D"], text: Float[Array, "B S D"]) -> Float[Array, "B L D"]:
-        """Returns the attended tokens."""
+    def __call__(
+        self, x: Float[Array, "B L D"], modulation: Modulation, text: Float[Array, "B S D"]
+    ) -> Float[Array, "B L D"]:
+        """Maps tokens, which are normalised and modulated here, to the attended tokens."""
         c = self.config
         dtype = jnp.dtype(c.compute_dtype)
-        query = Linear(c.width, dtype, HIDDEN, name="query")
+        (query,) = modulated_products(x, modulation, (LinearParams(c.width, dtype, name="query")(c.width),), c.eps)
         key, value = (Linear(c.width, dtype, CONDITION, name=name) for name in ("key", "value"))
-        q = _heads(RMSNorm(c.eps, name="query_norm")(query(x)), c)
-        k = _heads(RMSNorm(c.eps, name="key_norm")(key(text)), c)
+        q = HeadsNorm(c.eps, name="query_norm")(_heads(_kept(*query), c))
+        k = HeadsNorm(c.eps, name="key_norm")(_heads(key(text), c))
         attended = cross_attention(q, k, _heads(value(text), c), c)
         return Linear(c.width, dtype, name="out")(_merge(attended))
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU (tanh), Linear."""
+    """Linear, GELU (tanh), Linear, behind a modulated norm."""
 
-    hidden: int
-    features: int
-    dtype: jnp.dtype
-    hidden_place: PartitionSpec = HIDDEN
-    place: PartitionSpec = TOKENS
+    config: DiTConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
-        """Returns [B, T, features]."""
-        x = Linear(self.hidden, self.dtype, self.hidden_place, HIDDEN_OUTPUT, name="in")(x)
-        return Linear(self.features, self.dtype, self.place, name="out")(nn.gelu(x, approximate=True))
+    def __call__(self, x: Float[Array, "B T D"], modulation: Modulation) -> Product:
+        """Maps tokens, which are normalised and modulated here, to what is added to them."""
+        c = self.config
+        dtype = jnp.dtype(c.compute_dtype)
+        (y,) = modulated_products(x, modulation, (LinearParams(c.ffn_width, dtype, name="in")(c.width),), c.eps)
+        kernel, bias = LinearParams(c.width, dtype, name="out")(c.ffn_width)
+        return Product(gelu(_kept(*y, name=HIDDEN_OUTPUT)), kernel, bias[None, None])
 
 
 class Block(nn.Module):
@@ -117,31 +154,31 @@ class Block(nn.Module):
     def __call__(self, streams: Streams, shared: Shared) -> Streams:
         """Maps the streams, in the residual dtype, to the streams after this block."""
         c = self.config
-        dtype = jnp.dtype(c.compute_dtype)
         streams = tuple(checkpoint_name(constrain(x, TOKENS), BLOCK_INPUT) for x in streams)
         modulation = self.param("modulation", nn.initializers.normal(c.width**-0.5), (6, c.width))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
             (shared.time + modulation).astype(jnp.float32), 6, axis=1
         )
 
-        inputs = tuple(_modulate(x, shift1, scale1, c.eps).astype(dtype) for x in streams)
-        outputs = SelfAttention(c, name="self_attention")(inputs, shared)
-        video, *reference = (_gated(x, gate1, y) for x, y in zip(streams, outputs, strict=True))
+        outputs = SelfAttention(c, name="self_attention")(streams, (1 + scale1, shift1), shared)
+        video, *reference = (add_gated(x, gate1, y) for x, y in zip(streams, outputs, strict=True))
 
-        norm = nn.LayerNorm(c.eps, use_fast_variance=False, dtype=jnp.float32, name="cross_norm")
+        norm = NormParams(name="cross_norm")(c.width)
         cross_attention = CrossAttention(c, name="cross_attention")
 
         def cross(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-            return (x + cross_attention(norm(x).astype(dtype), shared.text)).astype(x.dtype)
+            return (x + cross_attention(x, norm, shared.text)).astype(x.dtype)
 
-        video = cross(video)
         if c.reference_cross_attention:
-            reference = [cross(x) for x in reference]
+            video, *reference = (cross(x) for x in (video, *reference))
+        elif shared.video is None:
+            video = cross(video)
+        else:
+            first, rest = jnp.split(video, [shared.video], axis=1)
+            video = jnp.concatenate([cross(first), rest], axis=1)
 
-        ffn = FeedForward(c.ffn_width, c.width, dtype, name="ffn")
-        return tuple(
-            _gated(x, gate2, ffn(_modulate(x, shift2, scale2, c.eps).astype(dtype))) for x in (video, *reference)
-        )
+        ffn = FeedForward(c, name="ffn")
+        return tuple(add_gated(x, gate2, ffn(x, (1 + scale2, shift2))) for x in (video, *reference))
 
 
 class Head(nn.Module):
@@ -156,7 +193,7 @@ class Head(nn.Module):
         modulation = self.param("modulation", nn.initializers.normal(c.width**-0.5), (2, c.width))
         shift, scale = jnp.split((e[:, None] + modulation).astype(jnp.float32), 2, axis=1)
         linear = Linear(c.patch_values, jnp.dtype(jnp.float32), kernel_init=nn.initializers.zeros, name="linear")
-        return linear(_modulate(x, shift, scale, c.eps))
+        return linear(modulated_norm(x, 1 + scale, shift, c.eps))
 
 
 def _heads(x: Float[Array, "B T D"], config: DiTConfig) -> Float[Array, "B T N K"]:
@@ -167,13 +204,9 @@ def _merge(x: Float[Array, "B T N K"]) -> Float[Array, "B T D"]:
     return x.reshape(*x.shape[:2], -1)
 
 
-def _modulate(
-    x: Float[Array, "B T D"], shift: Float[Array, "B 1 D"], scale: Float[Array, "B 1 D"], eps: float
-) -> Float[Array, "B T D"]:
-    """LN(x)·(1 + scale) + shift in float32."""
-    return layer_norm(x, eps) * (1 + scale) + shift
-
-
-def _gated(x: Float[Array, "B T D"], gate: Float[Array, "B 1 D"], y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Returns x + gate·y, summed in float32, in x's dtype."""
-    return (x + gate * y).astype(x.dtype)
+def _kept(
+    x: Float[Array, "B T O"], constant: Float[Array, "#B 1 O"] | None = None, name: str = LINEAR_OUTPUT
+) -> Float[Array, "B T O"]:
+    """The output of a linear layer plus its constant, placed on the mesh and named for activation checkpointing."""
+    x = constrain(x, HIDDEN)
+    return checkpoint_name(x if constant is None else x + constant.astype(x.dtype), name)

@@ -22,9 +22,10 @@ from jax.sharding import PartitionSpec
 
 from refalign_jax.config import DiTConfig
 from refalign_jax.models.attention import CUDNN_FORWARD
-from refalign_jax.models.block import BLOCK_INPUT, Block, FeedForward, Head, Shared, Streams
+from refalign_jax.models.block import BLOCK_INPUT, Block, Head, Shared, Streams
 from refalign_jax.models.condition import Condition
-from refalign_jax.models.layers import HIDDEN_OUTPUT, LINEAR_OUTPUT, Linear, init_stack
+from refalign_jax.models.gradients import STATISTICS
+from refalign_jax.models.layers import HIDDEN_OUTPUT, LINEAR_OUTPUT, MLP, Linear, init_stack
 from refalign_jax.models.quantise import dequantise, is_quantised
 from refalign_jax.models.rope import rotation, time_sinusoid
 from refalign_jax.models.splash import ATTENTION_OUTPUT
@@ -32,9 +33,9 @@ from refalign_jax.sharding import BATCH, CONDITION, SEQUENCE, TOKENS, axis_size,
 from refalign_jax.types import Array, Float, Params
 
 REMAT_KEEPS: dict[str, tuple[str, ...]] = {
-    "dots": (LINEAR_OUTPUT, HIDDEN_OUTPUT, ATTENTION_OUTPUT),
-    "narrow": (LINEAR_OUTPUT, ATTENTION_OUTPUT),
-    "attention": (ATTENTION_OUTPUT,),
+    "dots": (STATISTICS, LINEAR_OUTPUT, HIDDEN_OUTPUT, ATTENTION_OUTPUT),
+    "narrow": (STATISTICS, LINEAR_OUTPUT, ATTENTION_OUTPUT),
+    "attention": (STATISTICS, ATTENTION_OUTPUT),
     "full": (),
 }
 """The activations that each remat policy retains in a block, by their checkpoint names."""
@@ -218,13 +219,14 @@ def run_blocks(
     """
     dtype = jnp.dtype(config.compute_dtype)
     params = _cast_kernels(params, dtype)
+    inputs, split = _one_stream(inputs)
     streams, observed, observations = inputs.streams, observer.num_blocks, None
 
     def scan(streams: Streams, part: slice, observe: Callable[[Streams, Any], Any], more: Any) -> tuple[Streams, Any]:
         def body(streams: Streams, params: tuple[Params, Any]) -> tuple[Streams, Any]:
             block = dequantise(params[0], dtype)  # within the loop, so that one block is at full size
             outputs: Any = Block(config).apply({"params": block}, streams, inputs.shared)
-            return outputs, observe(outputs, params[1])
+            return outputs, observe(split(outputs), params[1])
 
         if config.remat != "none":
             body = jax.checkpoint(body, policy=_keeps(config), prevent_cse=False)
@@ -235,7 +237,19 @@ def run_blocks(
         streams, observations = scan(streams, slice(None, observed), observer.observe, observer.params)
     if config.num_layers > observed:
         streams, _ = scan(streams, slice(observed, None), lambda streams, _: None, None)
-    return streams, observations  # type: ignore[return-value]
+    return split(streams), observations  # type: ignore[return-value]
+
+
+def _one_stream(inputs: Inputs) -> tuple[Inputs, Callable[[Streams], Streams]]:
+    """Joins the streams where no mesh splits the tokens; returns the inputs, and what splits the streams again."""
+    shared = inputs.shared
+    if len(inputs.streams) == 1 or axis_size(*SEQUENCE) > 1:
+        return inputs, lambda streams: streams
+    rotations = (tuple(jnp.concatenate(tables, axis=1) for tables in zip(*shared.rotations, strict=True)),)
+    video = shared.sizes[0]
+    joined = shared._replace(rotations=rotations, sizes=(sum(shared.sizes),), video=video)
+    streams = (jnp.concatenate(inputs.streams, axis=1),)
+    return inputs._replace(streams=streams, shared=joined), lambda x: (x[0][:, :video], x[0][:, video:])
 
 
 def unembed(
@@ -294,7 +308,7 @@ def _layers(config: DiTConfig) -> dict[str, nn.Module]:
     dtype, float32 = jnp.dtype(c.compute_dtype), jnp.dtype(jnp.float32)
     return {
         "patch_embedding": Linear(c.width, float32, name="patch_embedding"),
-        "text_embedding": FeedForward(c.width, c.width, dtype, CONDITION, BATCH, name="text_embedding"),
+        "text_embedding": MLP(c.width, c.width, dtype, CONDITION, BATCH, name="text_embedding"),
         "time_in": Linear(c.width, float32, BATCH, kernel_init=small, name="time_in"),
         "time_out": Linear(c.width, float32, BATCH, kernel_init=small, name="time_out"),
         "time_projection": Linear(6 * c.width, float32, BATCH, name="time_projection"),

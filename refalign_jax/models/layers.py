@@ -88,6 +88,23 @@ class Linear(nn.Module):
         return checkpoint_name(y, self.kept_as)
 
 
+Affine = tuple[Float[Array, "I O"], Float[Array, " O"]]
+"""A kernel in the compute dtype, and a bias in float32."""
+
+
+class LinearParams(nn.Module):
+    """The parameters of a `Linear`, for an operation that does more than one linear map."""
+
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, inputs: int) -> Affine:
+        """Returns the kernel [inputs, features] and the bias."""
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (inputs, self.features))
+        return kernel.astype(self.dtype), self.param("bias", nn.initializers.zeros, (self.features,))
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis, in float32; returns x's dtype."""
 
@@ -102,8 +119,17 @@ class RMSNorm(nn.Module):
         return (y * scale).astype(x.dtype)
 
 
-def layer_norm(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
-    """(x - mean) / std over the last axis without affine, in and to float32."""
-    x = x.astype(jnp.float32)
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+class MLP(nn.Module):
+    """Linear, GELU (tanh), Linear."""
+
+    hidden: int
+    features: int
+    dtype: jnp.dtype
+    hidden_place: PartitionSpec
+    place: PartitionSpec
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T I"]) -> Float[Array, "B T O"]:
+        """Returns [B, T, features]."""
+        x = Linear(self.hidden, self.dtype, self.hidden_place, name="in")(x)
+        return Linear(self.features, self.dtype, self.place, name="out")(nn.gelu(x, approximate=True))

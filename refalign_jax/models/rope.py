@@ -54,22 +54,24 @@ def rotation(frames: Int[Array, "#B F"], rows: int, columns: int, config: DiTCon
     return table(np.cos), table(np.sin)
 
 
-def rotate(x: Float[Array, "B T N K"], turn: Rotation) -> Float[Array, "B T N K"]:
-    """Rotates each pair of channels (a, b) to (a·cos - b·sin, b·cos + a·sin), in float32; returns x's dtype."""
-    cos, sin = turn
+def partner(x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
+    """Maps each pair of channels (a, b) to (-b, a), in float32, in the way that is fast on the platform.
+
+    So x·cos + partner(x)·sin rotates each pair to (a·cos - b·sin, b·cos + a·sin).
+    """
     roll, product = partner_by_roll, partner_by_product
-    partner = jax.lax.platform_dependent(x, cpu=roll, tpu=product, default=roll)
-    return (x.astype(jnp.float32) * cos + partner * sin).astype(x.dtype)
+    rotated: Array = jax.lax.platform_dependent(x, cpu=roll, tpu=product, default=roll)
+    return rotated
 
 
-def partner_by_roll(x: Float[Array, "B T N K"]) -> Float[Array, "B T N K"]:
+def partner_by_roll(x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
     """Maps each pair of channels (a, b) to (-b, a), in float32."""
     y = x.astype(jnp.float32)
     even = jnp.arange(x.shape[-1]) % 2 == 0
     return jnp.where(even, -jnp.roll(y, -1, axis=-1), jnp.roll(y, 1, axis=-1))
 
 
-def partner_by_product(x: Float[Array, "B T N K"]) -> Float[Array, "B T N K"]:
+def partner_by_product(x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:
     """The same as a product with a matrix, exact because each column has a single entry, 1 or -1.
 
     On TPUs, shifting channels by one in the vector unit requires a copy of the array in another layout; the matrix unit
@@ -81,7 +83,7 @@ def partner_by_product(x: Float[Array, "B T N K"]) -> Float[Array, "B T N K"]:
     swap[np.arange(0, K, 2), np.arange(1, K, 2)] = 1
     exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(
-        "btnk,kj->btnj", x, jnp.asarray(swap, x.dtype), precision=exact, preferred_element_type=jnp.float32
+        "...k,kj->...j", x, jnp.asarray(swap, x.dtype), precision=exact, preferred_element_type=jnp.float32
     )
 
 

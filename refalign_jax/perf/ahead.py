@@ -2,7 +2,7 @@
 
 The compilers of TPUs and of NVIDIA GPUs run on any host (`topology`). They report the memory. FLOPs are counted from
 sizes (`flops`), since XLA sees neither into kernels nor how often a loop runs. Collectives are read from the optimised
-program (`hlo`).
+program (`hlo`), and so are the bytes that it moves to and from memory (`traffic`).
 
     compute  hardware FLOPs per device / peak       the model's FLOPs and those computed twice
     links    bytes received / bandwidth             half of the link bandwidth, which vendors state for both directions
@@ -32,7 +32,7 @@ from refalign_jax.config import Config, QuantisedDType
 from refalign_jax.devices import GIB, XLA_FLAGS, Chip
 from refalign_jax.initial import model_shapes
 from refalign_jax.models.quantise import quantise_shapes
-from refalign_jax.perf import hlo
+from refalign_jax.perf import hlo, traffic
 from refalign_jax.perf.progress import progress
 from refalign_jax.perf.stages import lower_stage, stage_params
 from refalign_jax.perf.topology import is_gpu, known_chip, topology_mesh, usable_gib
@@ -131,7 +131,8 @@ def compile_ahead(
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
         write_text(dump / HLO_FILE, text)
-    moved = hlo.collectives(hlo.parse(text))
+    program = hlo.parse(text)
+    moved, report["passes"] = hlo.collectives(program), traffic.measure(program)
     found = bounds(moved, report["tflops"]["hardware_a_device"], known) if report["tflops"] else {}
     return report | found | memory(compiled, usable)
 

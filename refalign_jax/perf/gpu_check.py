@@ -7,7 +7,6 @@ Together 33 GB, and what the remat policy retains in addition: 6.9 GB for `atten
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +23,9 @@ from refalign_jax.perf.progress import progress
 from refalign_jax.types import Array, Float
 from refalign_jax.verify.folder import verify
 
-TOKENS = 4096
-"""Number of tokens at which the kernels are compared."""
+TOKENS = 4160
+"""Number of tokens at which the kernels are compared: 64 more than a multiple of 128, like the 37,440 of training. A
+fault of cuDNN's backward pass on Hopper was reported for such numbers of keys."""
 
 CUDNN = "__cudnn$fmha"
 """Prefix of the custom calls of cuDNN's fused attention; those of its backward pass contain "Backward"."""
@@ -107,18 +107,23 @@ def _numbers(golden: Sequence[Path]) -> Iterator[Verdict]:
 def compare_kernels(kernels: tuple[AttentionKernel, AttentionKernel]) -> Verdict:
     """Checks that two kernels agree in bfloat16."""
     bar = f"bfloat16 {kernels[0]} as {kernels[1]} at {TOKENS:,} tokens, at most 2e-2"
-    with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+    try:
         with progress("comparing the attention kernels"):
             forward, backward = attention_difference(kernels, TOKENS)
-        found = f"output {forward:.1e}, worst gradient {backward:.1e}"
-        return Verdict(bar=bar, found=found, passed=max(forward, backward) <= 2e-2)
-    return Verdict(bar=bar, found="one of the kernels does not run on this device", passed=False)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        message = (str(error).strip() or repr(error)).splitlines()[0]
+        return Verdict(bar=bar, found=f"a kernel does not run on this device: {message:.300}", passed=False)
+    found = f"output {forward:.1e}, worst gradient {backward:.1e}"
+    return Verdict(bar=bar, found=found, passed=max(forward, backward) <= 2e-2)
 
 
 def attention_difference(
     kernels: tuple[AttentionKernel, AttentionKernel], tokens: int, heads: int = 12, head_width: int = 128
 ) -> tuple[float, float]:
     """Compares two kernels in bfloat16.
+
+    The scores of every fourth query are far below those of the others, about -270 at a head width of 128, so that its
+    log of the sum of exponentials is far below -88, where exp becomes 0 in float32.
 
     Args:
       kernels: a and b.
@@ -131,6 +136,8 @@ def attention_difference(
     """
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, weight = (jax.random.normal(key, (1, tokens, heads, head_width), jnp.bfloat16) for key in keys)
+    low = (jnp.arange(tokens) % 4 == 0)[:, None, None]
+    q, k = jnp.where(low, -24, q).astype(q.dtype), k + 1
     lengths = jnp.array([tokens - tokens // 8])
 
     def loss(inputs: tuple[Array, Array, Array], kernel: AttentionKernel) -> tuple[Array, Array]:

@@ -18,7 +18,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s8": 8, "u8": 8, "s16": 16, "u16": 16}
 BITS |= {"s32": 32, "u32": 32, "s64": 64, "u64": 64, "s4": 4, "u4": 4, "f8e4m3fn": 8, "f8e5m2": 8, "c64": 64}
 
-_SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\]")
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*(?:e[0-9]m[0-9]\w*)?)\[([0-9,]*)\](?:\{[^}]*?(S\([1-4]\))?\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 
@@ -30,10 +30,12 @@ class Shape:
     Attributes:
       sizes: one per axis.
       bytes: size in memory without the padding of tiles.
+      on_chip: whether it lies in a TPU's on-chip memory.
     """
 
     sizes: tuple[int, ...]
     bytes: int
+    on_chip: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,7 @@ def parse(text: str) -> Program:
 def collectives(program: Program) -> Collectives:
     """Counts the collectives of a whole run of a program."""
     count, received = collections.Counter[str](), collections.Counter[str]()
-    for instruction, times in _walk(program, "", 1):
+    for instruction, times, _ in walk(program, fusions=True):
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             count[kind] += times
@@ -140,14 +142,14 @@ def compare(before: str, after: str) -> list[str]:
 
 def _instruction(name: str, line: str, rest: str) -> Instruction:
     """Parses what follows `name = `: shapes and opcode."""
-    end = _closing(rest) if rest.startswith("(") else rest.index(" ")
+    end = closing(rest) if rest.startswith("(") else rest.index(" ")
     opcode = rest[end:].strip().partition("(")[0]
     shapes = tuple(_shapes(rest[:end]))
     outputs = tuple(_shapes(_started(rest[:end], opcode))) if opcode.endswith("-start") else shapes
     return Instruction(name=name, opcode=opcode, shapes=shapes, outputs=outputs, text=line)
 
 
-def _closing(text: str) -> int:
+def closing(text: str) -> int:
     """Returns the index behind the bracket that closes the one at the text's beginning."""
     depth = 0
     for i, character in enumerate(text):
@@ -166,50 +168,59 @@ def _started(result: str, opcode: str) -> str:
     if not result.startswith("(") or (opcode == "all-reduce-start" and not result.startswith("((")):
         return result
     inside = result[1:-1]
-    end = _closing(inside) if inside.startswith("(") else _SHAPE.match(inside).end()  # type: ignore[union-attr]
+    end = closing(inside) if inside.startswith("(") else _SHAPE.match(inside).end()  # type: ignore[union-attr]
     if not inside.startswith("(") and inside[end : end + 1] == "{":  # the layout
         end = inside.index("}", end) + 1
     rest = re.sub(r"^, (/\*index=\d+\*/)?", "", inside[end:])
     if rest.startswith("("):
-        return rest[: _closing(rest)]
+        return rest[: closing(rest)]
     return _SHAPE.match(rest)[0]  # type: ignore[index]
 
 
 def _shapes(text: str) -> Iterator[Shape]:
-    for kind, sizes in _SHAPE.findall(text):
+    for kind, sizes, space in _SHAPE.findall(text):
         if kind in BITS:
             axes = tuple(int(n) for n in sizes.split(",") if n)
-            yield Shape(sizes=axes, bytes=math.prod(axes) * BITS[kind] // 8)
+            yield Shape(sizes=axes, bytes=math.prod(axes) * BITS[kind] // 8, on_chip=bool(space))
 
 
-def _walk(
-    program: Program, name: str, times: int, fused: bool = False, seen: set[str] | None = None
-) -> Iterator[tuple[Instruction, int]]:
-    """Yields every instruction that runs, and how often it runs.
+def walk(program: Program, *, fusions: bool) -> Iterator[tuple[Instruction, int, str]]:
+    """Yields every instruction that runs, how often it runs, and the computation that it is in.
 
     An asynchronous collective appears in the fusion that starts it and, under the same channel, in every fusion that
     carries it on, even inside a loop that runs meanwhile. It is yielded once, where it starts.
+
+    Args:
+      program: to walk through, from its entry computation.
+      fusions: whether the instructions within fusions are yielded too.
     """
-    seen = set() if seen is None else seen
+    yield from _walk(program, "", 1, (fusions, False), set())
+
+
+def _walk(
+    program: Program, name: str, times: int, fusions: tuple[bool, bool], seen: set[str]
+) -> Iterator[tuple[Instruction, int, str]]:
+    """As `walk`; `fusions` is whether to enter them and whether this computation is in one."""
     for instruction in program.get(name, []):
         channel = re.search(r"channel_id=(\d+)", instruction.text)
         if channel and instruction.opcode.removesuffix("-start") in COLLECTIVES:
-            if fused and channel[1] in seen:
+            if fusions[1] and channel[1] in seen:
                 continue
             seen.add(channel[1])
-        yield instruction, times
+        yield instruction, times, name
         if instruction.opcode == "while":
             condition, inner = instruction.called("condition"), instruction.called("body")
             assert condition is not None
             assert inner is not None
-            yield from _walk(program, inner, times * _trips(instruction, program[condition]), fused, seen)
+            yield from _walk(program, inner, times * _trips(instruction, program[condition]), fusions, seen)
         elif instruction.opcode == "conditional":
             for branch in re.findall(r"%([\w.\-]+)", re.search(r"computations=\{([^}]*)\}", instruction.text)[1]):  # type: ignore[index]
-                yield from _walk(program, branch, times, fused, seen)
+                yield from _walk(program, branch, times, fusions, seen)
         else:
             called = instruction.called("to_apply" if instruction.opcode == "call" else "calls")
-            if called:
-                yield from _walk(program, called, times, fused or instruction.opcode != "call", seen)
+            outside = instruction.opcode in ("call", "async-start")
+            if called and (fusions[0] or outside):
+                yield from _walk(program, called, times, (fusions[0], fusions[1] or instruction.opcode != "call"), seen)
 
 
 def _trips(loop: Instruction, condition: list[Instruction]) -> int:

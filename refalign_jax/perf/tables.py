@@ -44,6 +44,8 @@ def summary(report: Mapping[str, Any]) -> str:
         lines.append(f"collectives  {', '.join(listed) or 'none'}, per device and step")
         if seconds:
             lines.append(f"seconds      at least {', '.join(seconds)}; bound by {report['bound_by']}")
+    if "passes" in report:
+        lines += _passes(report["passes"])
     busy = f" ({report['compile_cpu_seconds']:.0f} s of CPU time)" if "compile_cpu_seconds" in report else ""
     lines.append(
         f"compiled in  {report['compile_seconds']:.0f} s{busy}, lowered in {report['lower_seconds']:.0f} s, by "
@@ -52,6 +54,16 @@ def summary(report: Mapping[str, Any]) -> str:
     if report["platform"] == "gpu":
         lines.append(f"not known    {GPU_LIMITS}")
     return "\n".join(lines)
+
+
+def _passes(moved: Mapping[str, Any]) -> list[str]:
+    """What a program moves to and from memory, and the sources of most of its elementwise passes, in lines."""
+    kinds = ", ".join(f"{kind} {moved[f'{kind}_gb']:.1f}" for kind in ("products", "kernels", "collectives"))
+    return [
+        f"memory moved elementwise {moved['elementwise_gb']:.1f} (copies {moved['copies_gb']:.1f} of it), {kinds} GB "
+        "per device and step; most of the elementwise:",
+        *(f"             {row['gb']:6.1f} GB in {row['count']:4} {row['source']}" for row in moved["largest"]),
+    ]
 
 
 def compiler(report: Mapping[str, Any]) -> str:

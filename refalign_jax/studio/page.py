@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import tempfile
 import threading
 import typing
@@ -412,16 +413,18 @@ def _small(sentences: Sequence[str]) -> str:
 
 
 def _read_examples(folder: Path, studio: Studio) -> list[Request]:
-    """Prompts of a folder of samples, with the references that lie beside them."""
+    """Prompts and references of a folder of samples; the files are copied to where the page may show them."""
     try:
         entries = read_samples(folder)
     except (ValueError, OSError):
         return []  # what is no folder of samples offers no examples
     found = []
     for entry in [entry for entry in entries if entry.get("references")][:_EXAMPLES]:
-        references = tuple(
-            Reference(path=folder / Path(about["image"]).name, subject=about.get("subject"))
-            for about in entry["references"][: studio.max_references]
-        )
-        found.append(Request(id=entry["id"], prompt=entry.get("prompt", ""), references=references))
+        references = []
+        for about in entry["references"][: studio.max_references]:
+            copy = studio.folder / "examples" / Path(about["image"]).name
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(folder / about["image"], copy)
+            references.append(Reference(path=copy, subject=about.get("subject")))
+        found.append(Request(id=entry["id"], prompt=entry.get("prompt", ""), references=tuple(references)))
     return found

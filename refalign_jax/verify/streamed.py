@@ -20,6 +20,7 @@ from refalign_jax.config import DiTConfig
 from refalign_jax.models import dit
 from refalign_jax.models.block import Block, Shared, Streams
 from refalign_jax.models.condition import Condition
+from refalign_jax.models.gradients import Product
 from refalign_jax.objective import Batch, Terms, Times, batch_targets, join_terms
 from refalign_jax.types import Array, Params
 from refalign_jax.verify.case import Case, read_layer, select
@@ -127,7 +128,8 @@ def run_block(
     def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         out = call(*args, **kwargs)
         if context.module.name in modules and context.method_name == "__call__":
-            found[modules[context.module.name]] += out if isinstance(out, tuple) else [out]
+            parts = out if isinstance(out, tuple) else [out]
+            found[modules[context.module.name]] += [x.compute() if isinstance(x, Product) else x for x in parts]
         return out
 
     with nn.intercept_methods(note):

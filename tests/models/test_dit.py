@@ -15,7 +15,8 @@ from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig, wan_1_3
 from refalign_jax.convert.dit import model_table
 from refalign_jax.convert.table import published_shapes
 from refalign_jax.initial import model_shapes
-from refalign_jax.models import dit, rope
+from refalign_jax.models import dit, gradients, rope
+from refalign_jax.models.attention import attention
 from refalign_jax.models.condition import Condition
 from refalign_jax.models.dit import patchify, unpatchify
 from refalign_jax.objective import sample_terms
@@ -161,12 +162,48 @@ def test_where_attention_is_kept_cudnn_computes_it_once(monkeypatch, remat, offl
     assert text.count("dot_product_attention_bwd_wrapper[") == kinds
 
 
+def test_odd_numbers_of_tokens_are_padded_for_cudnn(monkeypatch):
+    """Traced only, since it takes a GPU to run."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_is_flash_attention", lambda *_, **__: None)
+    q, k = (jnp.zeros((2, tokens, 2, 16), jnp.bfloat16) for tokens in (7, 13))
+    text = str(jax.make_jaxpr(lambda q, k: attention(q, k, k, None, "cudnn"))(q, k))
+    assert text.count("dot_product_attention_fwd_wrapper[") + text.count("dot_product_attention_wrapper[") >= 1, text
+    assert "bf16[2,8,2,16]" in text
+    assert "bf16[2,14,2,16]" in text
+    assert jax.eval_shape(lambda q, k: attention(q, k, k, None, "cudnn"), q, k).shape == q.shape
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_both_ways_to_a_channels_partner_are_one(dtype):
     x = jax.random.normal(jax.random.key(0), (2, 3, 2, 12)).astype(dtype)
     rolled, multiplied = rope.partner_by_roll(x), rope.partner_by_product(x)
     np.testing.assert_array_equal(rolled, multiplied)
     np.testing.assert_array_equal(rolled[..., 0::2], -x[..., 1::2].astype(jnp.float32))
+
+
+def test_hand_written_gradients_are_the_derived_ones():
+    x, dy = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 8)) * 3 + 1
+    weight = jnp.linspace(-1, 2, 24).reshape(3, 8)
+    angle = jnp.repeat(jnp.linspace(0, 5, 5 * 4).reshape(1, 5, 1, 4), 2, axis=-1)
+
+    def rms(x, weight):
+        y = x * jax.lax.rsqrt(jnp.mean(x**2, axis=(2, 3), keepdims=True) + 1e-6) * weight
+        return y * jnp.cos(angle) + rope.partner_by_roll(y) * jnp.sin(angle)
+
+    def norm(x, weight):
+        x = x.reshape(2, 5, 24) - jnp.mean(x, axis=(2, 3)).reshape(2, 5, 1)
+        return (x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)).reshape(2, 5, 3, 8) * weight
+
+    pairs = (
+        (rms, lambda x, w: gradients.rms_norm(x, w, (jnp.cos(angle), jnp.sin(angle)), 1e-6)),
+        (norm, lambda x, w: gradients.layer_norm(x.reshape(2, 5, 24), 1e-6, x.dtype).reshape(x.shape) * w),
+        (lambda x, w: jax.nn.gelu(x * w, approximate=True), lambda x, w: gradients.gelu(x * w)),
+    )
+    for derived, written in pairs:
+        (a, back_a), (b, back_b) = (jax.vjp(f, x, weight) for f in (derived, written))
+        for ours, theirs in zip((b, *back_b(dy)), (a, *back_a(dy)), strict=True):
+            assert tiny.relative(ours, theirs) <= 1e-5
 
 
 def test_what_is_observed_are_the_tokens_and_changes_no_velocity():

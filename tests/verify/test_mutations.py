@@ -21,11 +21,16 @@ RA, SAMPLE, ADAMW = ("ra3_loss",), ("sample_latents",), ("weights_after_3_adamw"
 CORRUPTION = ("step600_noisy", "step600_target")
 
 BLOCK, LAYERS, ROPE, DIT = (f"models/{name}.py" for name in ("block", "layers", "rope", "dit"))
+GRADIENTS = "models/gradients.py"
 ATTENTION, EULER, OPTIMIZER = "models/attention.py", "solvers/euler.py", "trainer/optimizer.py"
 NAMES = "shift1, scale1, gate1, shift2, scale2, gate2 = "
-MODULATE, GATED = "layer_norm(x, eps) * (1 + scale) + shift", "return (x + gate * y)"
-SELF_QUERY, SELF_KEY = "rotate(_heads(query_norm(query(x)), c), turn)", "rotate(_heads(key_norm(key(x)), c), turn)"
-CROSS_QUERY, CROSS_KEY = 'RMSNorm(c.eps, name="query_norm")(query(x))', 'RMSNorm(c.eps, name="key_norm")(key(text))'
+MODULATE, GATED = "(streams, (1 + scale1, shift1), shared)", "added = matmul(y.inputs,"
+SELF_QUERY, SELF_KEY = "query_norm(_heads(_kept(*q), c), turn)", "key_norm(_heads(_kept(*k), c), turn)"
+CROSS_QUERY, CROSS_KEY = (
+    'HeadsNorm(c.eps, name="query_norm")(_heads(_kept(*query), c))',
+    'HeadsNorm(c.eps, name="key_norm")(_heads(key(text), c))',
+)
+SHARE = "jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))"
 TIME = "[cos * jnp.cos(rest) - sin * jnp.sin(rest), sin * jnp.cos(rest) + cos * jnp.sin(rest)]"
 PATCHES = "x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(B, -1, config.patch_values)"
 UNPATCH = "x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(-1, frames"
@@ -38,62 +43,78 @@ LOSS_LINE = "weight * errors + alignment.schedule_weight(step, config.alignment)
 
 MUTATIONS = {
     # the block
-    "scale subtracted": (BLOCK, MODULATE, "layer_norm(x, eps) * (1 - scale) + shift", VELOCITY),
-    "scale without 1": (BLOCK, MODULATE, "layer_norm(x, eps) * scale + shift", VELOCITY),
-    "shift subtracted": (BLOCK, MODULATE, "layer_norm(x, eps) * (1 + scale) - shift", VELOCITY),
-    "shift before scale": (BLOCK, MODULATE, "(layer_norm(x, eps) + shift) * (1 + scale)", VELOCITY),
-    "epsilon of the modulated norms": (BLOCK, MODULATE, "layer_norm(x, 1e-5) * (1 + scale) + shift", VELOCITY),
-    "no gate": (BLOCK, GATED, "return (x + y)", VELOCITY),
-    "gate subtracted": (BLOCK, GATED, "return (x - gate * y)", VELOCITY),
-    "gate plus 1": (BLOCK, GATED, "return (x + (1 + gate) * y)", VELOCITY),
+    "scale subtracted": (BLOCK, MODULATE, "(streams, (1 - scale1, shift1), shared)", VELOCITY),
+    "scale without 1": (BLOCK, MODULATE, "(streams, (scale1, shift1), shared)", VELOCITY),
+    "shift subtracted": (BLOCK, MODULATE, "(streams, (1 + scale1, -shift1), shared)", VELOCITY),
+    "shift before scale": (BLOCK, MODULATE, "(streams, (1 + scale1, shift1 * (1 + scale1)), shared)", VELOCITY),
+    "epsilon of the modulated norms": (
+        GRADIENTS,
+        "normal = layer_norm(x, eps,",
+        "normal = layer_norm(x, 1e-5,",
+        VELOCITY,
+    ),
+    "no gate": (GRADIENTS, GATED, f"gate = gate * 0 + 1; {GATED}", VELOCITY),
+    "gate subtracted": (GRADIENTS, GATED, f"gate = -gate; {GATED}", VELOCITY),
+    "gate plus 1": (GRADIENTS, GATED, f"gate = 1 + gate; {GATED}", VELOCITY),
     "shift and scale swapped": (BLOCK, NAMES, NAMES.replace("shift1, scale1", "scale1, shift1"), VELOCITY),
     "attention and network swapped": (BLOCK, NAMES, "shift2, scale2, gate2, shift1, scale1, gate1 = ", VELOCITY),
     "gates swapped": (BLOCK, NAMES, "shift1, scale1, gate2, shift2, scale2, gate1 = ", VELOCITY),
     "gate before scale": (BLOCK, NAMES, "shift1, gate1, scale1, shift2, gate2, scale2 = ", VELOCITY),
     "no block modulation": (BLOCK, "(shared.time + modulation)", "(shared.time + 0 * modulation)", VELOCITY),
     "no time in the block": (BLOCK, "(shared.time + modulation)", "(0 * shared.time + modulation)", VELOCITY),
-    "no query norm": (BLOCK, SELF_QUERY, "rotate(_heads(query(x) + 0 * query_norm(query(x)), c), turn)", VELOCITY),
-    "no key norm": (BLOCK, SELF_KEY, "rotate(_heads(key(x) + 0 * key_norm(key(x)), c), turn)", VELOCITY),
-    "queries not rotated": (BLOCK, SELF_QUERY, "_heads(query_norm(query(x)), c)", VELOCITY),
-    "keys not rotated": (BLOCK, SELF_KEY, "_heads(key_norm(key(x)), c)", VELOCITY),
+    "no query norm": (BLOCK, SELF_QUERY, f"_heads(_kept(*q), c) + 0 * {SELF_QUERY}", VELOCITY),
+    "no key norm": (BLOCK, SELF_KEY, f"_heads(_kept(*k), c) + 0 * {SELF_KEY}", VELOCITY),
+    "queries not rotated": (BLOCK, SELF_QUERY, "query_norm(_heads(_kept(*q), c))", VELOCITY),
+    "keys not rotated": (BLOCK, SELF_KEY, "key_norm(_heads(_kept(*k), c))", VELOCITY),
     "key norm for queries": (
         BLOCK,
         SELF_QUERY,
-        "rotate(_heads(key_norm(query(x)) + 0 * query_norm(query(x)), c), turn)",
+        f"key_norm(_heads(_kept(*q), c), turn) + 0 * {SELF_QUERY}",
         VELOCITY,
     ),
-    "no cross query norm": (BLOCK, CROSS_QUERY, "query(x) + 0 * " + CROSS_QUERY, VELOCITY),
-    "no cross key norm": (BLOCK, CROSS_KEY, "key(text) + 0 * " + CROSS_KEY, VELOCITY),
+    "no cross query norm": (BLOCK, CROSS_QUERY, "_heads(_kept(*query), c) + 0 * " + CROSS_QUERY, VELOCITY),
+    "no cross key norm": (BLOCK, CROSS_KEY, "_heads(key(text), c) + 0 * " + CROSS_KEY, VELOCITY),
     "keys as cross values": (
         BLOCK,
         "_heads(value(text), c), c)",
         "_heads(key(text) + 0 * value(text), c), c)",
         VELOCITY,
     ),
-    "cross epsilon": (BLOCK, "nn.LayerNorm(c.eps, use", "nn.LayerNorm(1e-3, use", VELOCITY),
+    "cross epsilon": (BLOCK, 'name="query")(c.width),), c.eps)', 'name="query")(c.width),), 1e-3)', VELOCITY),
     "no cross residual": (BLOCK, "(x + cross_attention(", "(0 * x + cross_attention(", VELOCITY),
     "cross attention doubled": (BLOCK, "(x + cross_attention(", "(x + 2 * cross_attention(", VELOCITY),
     "no cross attention": (BLOCK, "(x + cross_attention(", "(x + 0 * cross_attention(", VELOCITY),
-    "exact gelu": (BLOCK, "nn.gelu(x, approximate=True)", "nn.gelu(x, approximate=False)", VELOCITY),
-    "silu for gelu": (BLOCK, "nn.gelu(x, approximate=True)", "nn.silu(x)", VELOCITY),
+    "exact gelu": (GRADIENTS, SHARE, "0.5 * (1 + jax.lax.erf(x / math.sqrt(2)))", VELOCITY),
+    "silu for gelu": (GRADIENTS, SHARE, "jax.nn.sigmoid(x)", VELOCITY),
     "head without time": (BLOCK, "(e[:, None] + modulation)", "(0 * e[:, None] + modulation)", VELOCITY),
     "head without modulation": (BLOCK, "(e[:, None] + modulation)", "(e[:, None] + 0 * modulation)", VELOCITY),
     "head swapped": (BLOCK, "shift, scale = jnp.split((e", "scale, shift = jnp.split((e", VELOCITY),
     # its layers
-    "epsilon of queries and keys": (LAYERS, "keepdims=True) + self.eps)", "keepdims=True) + 1e-5)", VELOCITY),
-    "norm scale plus 1": (LAYERS, "(y * scale)", "(y * (1 + scale))", VELOCITY),
-    "mean not removed": (LAYERS, "x = x - jnp.mean(x, axis=-1, keepdims=True)", "x = x + 0", VELOCITY),
+    "epsilon of queries and keys": (
+        GRADIENTS,
+        "axis=(2, 3), keepdims=True) + eps)",
+        "axis=(2, 3), keepdims=True) + 1e-5)",
+        VELOCITY,
+    ),
+    "norm scale plus 1": (
+        GRADIENTS,
+        "    wide = x.astype(jnp.float32)\n    inv",
+        "    weight, wide = 1 + weight, 1.0 * x\n    inv",
+        VELOCITY,
+    ),
+    "mean not removed": (GRADIENTS, "x = x - jnp.mean(x, axis=-1, keepdims=True)", "x = x + 0", VELOCITY),
     "unbiased variance": (
-        LAYERS,
+        GRADIENTS,
         "jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps",
         "jnp.var(x, axis=-1, keepdims=True, ddof=1) + eps",
         VELOCITY,
     ),
+    "no bias of the values": (BLOCK, "after(constants[0],", "after(0 * constants[0],", VELOCITY),
     "no bias": (LAYERS, "(self.features,)).astype(self.dtype)", "(self.features,)).astype(self.dtype) * 0", VELOCITY),
     # attention, positions, time
     "unscaled scores": (ATTENTION, "implementation=fused)", "implementation=fused, scale=1.0)", VELOCITY),
     "causal": (ATTENTION, "implementation=fused)", "implementation=fused, is_causal=True)", VELOCITY),
-    "rotated backwards": (ROPE, "* cos + partner * sin", "* cos - partner * sin", VELOCITY),
+    "rotated backwards": (GRADIENTS, "y = y * cos + partner(x)", "y = y * cos - partner(x)", VELOCITY),
     "pairs of halves": (ROPE, "np.repeat(np.outer(", "(lambda a, n, axis: np.tile(a, n))(np.outer(", VELOCITY),
     "base of the rotation": (ROPE, "width, config.rope_theta)", "width, 1e3)", VELOCITY),
     "frequencies off by one": (ROPE, "np.arange(0, width, 2,", "np.arange(1, width + 1, 2,", VELOCITY),

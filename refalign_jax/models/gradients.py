@@ -1,0 +1,214 @@
+"""Operations of a block in forms that take few passes over the tokens, forwards and backwards.
+
+    modulated product   (x̂·w + b) W = x̂ (w·W) + b W,   x̂ = (x − mean x)/σ
+    gated product       γ·(a W + c) = a (W·γ) + γ·c
+    RMS norm            R(x·w/rms x), R a rotation
+    GELU                x·(1 + tanh u)/2,  u = √(2/π)·(x + 0.044715·x³)
+
+Where one device has a single sample, modulation and gate are multiplied into the kernels, which are smaller than the
+tokens. Their gradients are then sums over the kernels' gradients rather than over all tokens, and the gated product
+need not be computed again for the backward pass. Norms and GELU have gradients of their own, in float32 and rounded
+once; derived ones would store results in between.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from refalign_jax.models.layers import LINEAR_OUTPUT, Affine, matmul
+from refalign_jax.models.rope import Rotation, partner
+from refalign_jax.sharding import is_split
+from refalign_jax.types import Array, Float
+
+STATISTICS = "statistics"
+"""Checkpoint name of 1/rms of every token."""
+
+Modulation = tuple[Float[Array, "#B 1 D"], Float[Array, "#B 1 D"]]
+"""What a normalised token is multiplied with, and what is added then, float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """inputs @ kernel + bias, not computed yet.
+
+    Attributes:
+      inputs: in the compute dtype.
+      kernel: in the compute dtype.
+      bias: float32, of all samples or of each.
+    """
+
+    inputs: Float[Array, "B T I"]
+    kernel: Float[Array, "I O"]
+    bias: Float[Array, "#B 1 O"]
+
+    def compute(self) -> Float[Array, "B T O"]:
+        """Returns the product in the compute dtype."""
+        return matmul(self.inputs, self.kernel) + self.bias.astype(self.inputs.dtype)
+
+
+def modulated_products(
+    x: Float[Array, "B T D"], modulation: Modulation, layers: tuple[Affine, ...], eps: float
+) -> list[tuple[Float[Array, "B T _"], Float[Array, "#B 1 _"]]]:
+    """(LN(x)·weight + shift) @ kernel + bias for every layer, as a product and what is still to be added to it.
+
+    Args:
+      x: tokens, any float dtype.
+      modulation: weight and shift, of each sample or of all.
+      layers: kernels and biases.
+      eps: added to the variance.
+
+    Returns:
+      Of every layer, the product in the kernel's dtype, and what all tokens of a sample, or of all samples, have in
+      common, float32.
+    """
+    weight, shift = modulation
+    normal = layer_norm(x, eps, layers[0][0].dtype)
+    if not _one_weight(weight):
+        normal = modulated_norm(x, weight, shift, eps).astype(normal.dtype)
+        return [(matmul(normal, kernel), bias[None, None]) for kernel, bias in layers]
+    return [(matmul(normal, _scaled(kernel, weight[0].T)), _constant(shift, kernel) + bias) for kernel, bias in layers]
+
+
+def add_gated(x: Float[Array, "B T D"], gate: Float[Array, "B 1 D"], y: Product) -> Float[Array, "B T D"]:
+    """x + gate·y, summed in float32, in x's dtype.
+
+    Args:
+      x: residual stream.
+      gate: float32.
+      y: what is added.
+    """
+    if _one_weight(gate):
+        added = matmul(y.inputs, _scaled(y.kernel, gate[0])) + (gate * y.bias).astype(y.inputs.dtype)
+        return (x + checkpoint_name(added, LINEAR_OUTPUT)).astype(x.dtype)
+    return (x + gate * checkpoint_name(y.compute(), LINEAR_OUTPUT)).astype(x.dtype)
+
+
+def after(y: Float[Array, "#B 1 I"], product: Product) -> Product:
+    """The product of inputs + y, where y is the same for all tokens."""
+    return dataclasses.replace(product, bias=product.bias + _constant(y, product.kernel))
+
+
+def _one_weight(weight: Array) -> bool:
+    """Whether all tokens share the weights, and no mesh splits kernels, which would be gathered in float32 then."""
+    return weight.shape[0] == 1 and not is_split()
+
+
+def _scaled(kernel: Float[Array, "I O"], weight: Float[Array, "#I #O"]) -> Float[Array, "I O"]:
+    """The kernel with its input or output channels multiplied by weights."""
+    return (kernel.astype(jnp.float32) * weight).astype(kernel.dtype)
+
+
+def _constant(y: Float[Array, "#B 1 I"], kernel: Float[Array, "I O"]) -> Float[Array, "#B 1 O"]:
+    """y @ kernel, float32."""
+    return jnp.sum(y.swapaxes(1, 2) * kernel.astype(jnp.float32), axis=1, keepdims=True)
+
+
+def modulated_norm(
+    x: Float[Array, "B T D"], weight: Float[Array, "#B 1 D"], shift: Float[Array, "#B 1 D"], eps: float
+) -> Float[Array, "B T D"]:
+    """LN(x)·weight + shift, float32."""
+    return layer_norm(x, eps, jnp.float32) * weight + shift
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def layer_norm(x: Float[Array, "B T D"], eps: float, dtype: Any) -> Float[Array, "B T D"]:
+    """(x − mean x)/σ over the last axis, computed in float32, as `dtype`."""
+    normal, scale = _centred(x, eps)
+    return (normal * scale).astype(dtype)
+
+
+def _centred(x: Array, eps: float) -> tuple[Array, Array]:
+    """x − mean x and 1/σ, float32."""
+    x = x.astype(jnp.float32)
+    x = x - jnp.mean(x, axis=-1, keepdims=True)
+    return x, jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+def _layer_norm_backward(eps: float, dtype: Any, x: Array, gradient: Array) -> tuple[Array]:
+    del dtype
+    # Halving x is exact. Otherwise XLA would store the sums of the norm above, instead of fusing norm and sums.
+    centred, scale = _centred(0.5 * x, eps / 4)
+    normal, g = centred * scale, gradient.astype(jnp.float32)
+    g = g - jnp.mean(g, axis=-1, keepdims=True) - normal * jnp.mean(g * normal, axis=-1, keepdims=True)
+    return ((0.5 * scale * g).astype(x.dtype),)
+
+
+layer_norm.defvjp(lambda x, eps, dtype: (layer_norm(x, eps, dtype), x), _layer_norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def rms_norm(
+    x: Float[Array, "B T N K"], weight: Float[Array, "N K"], turn: Rotation | None, eps: float
+) -> Float[Array, "B T N K"]:
+    """x / rms(x) · weight, the mean taken over all heads; then rotated.
+
+    Args:
+      x: queries or keys.
+      weight: float32.
+      turn: cosines and sines of each token, which get no gradient; None: not rotated.
+      eps: added to the mean square.
+
+    Returns:
+      The result in x's dtype.
+    """
+    return _rms_forward(x, weight, turn, eps)[0]
+
+
+def _rms_forward(x: Array, weight: Array, turn: Rotation | None, eps: float) -> tuple[Array, Any]:
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=(2, 3), keepdims=True) + eps)
+    inverse = checkpoint_name(inverse, STATISTICS)
+    y = wide * weight
+    if turn is not None:
+        cos, sin = turn
+        swapped = jnp.flip(weight.reshape(*weight.shape[:-1], -1, 2), axis=-1).reshape(weight.shape)
+        y = y * cos + partner(x) * swapped * sin
+    y = (y * inverse).astype(x.dtype)
+    return y, (x, y, weight, turn, inverse)
+
+
+def _rms_backward(eps: float, kept: Any, gradient: Array) -> tuple[Array, Array, Any]:
+    del eps
+    x, y, weight, turn, inverse = kept
+    g, wide = gradient.astype(jnp.float32), x.astype(jnp.float32)
+    y = jax.lax.optimization_barrier(y).astype(jnp.float32)  # or XLA would store y before it was rounded, too
+    inner = jnp.mean(g * y, axis=(2, 3), keepdims=True)  # mean(g·x·w)/rms: rotating both is nothing
+    if turn is not None:
+        cos, sin = turn
+        turned = (g * cos - partner(gradient) * sin).astype(x.dtype)  # stored for two uses, so rounded
+        g = jax.lax.optimization_barrier(turned).astype(jnp.float32)
+    dweight = jnp.sum(g * (wide * inverse), axis=(0, 1))
+    tables = None if turn is None else tuple(jnp.zeros_like(table) for table in turn)
+    return (inverse * (g * weight - wide * (inverse * inner))).astype(x.dtype), dweight, tables
+
+
+rms_norm.defvjp(_rms_forward, _rms_backward)
+
+
+@jax.custom_vjp
+def gelu(x: Float[Array, "*sizes"]) -> Float[Array, "*sizes"]:
+    """GELU in its tanh form, in x's dtype."""
+    wide = x.astype(jnp.float32)
+    return (wide * _gelu_share(wide)).astype(x.dtype)
+
+
+def _gelu_share(x: Array) -> Array:
+    """(1 + tanh u)/2, as the logistic function of 2u, which XLA computes again rather than storing it."""
+    return jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
+
+def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
+    wide = x.astype(jnp.float32)
+    share = _gelu_share(wide)
+    inner = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * jnp.square(wide))
+    return ((gradient.astype(jnp.float32) * (share + wide * share * (1 - share) * inner)).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
