@@ -215,8 +215,8 @@ def attention(
 def _even_cudnn(q: Array, k: Array, v: Array, lengths: Array | None) -> Float[Array, "B Q N K"]:
     """cuDNN's attention of odd numbers of tokens, whose gradient it refuses: with a token of padding behind them."""
     lengths = jnp.full(k.shape[0], k.shape[1]) if lengths is None else lengths
-    padded = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    return attention(*padded, lengths, "cudnn")[:, : q.shape[1]]
+    even_q, even_k, even_v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    return attention(even_q, even_k, even_v, lengths, "cudnn")[:, : q.shape[1]]
 
 
 def _fast_kernel(dtype: jnp.dtype) -> AttentionKernel:

@@ -245,9 +245,9 @@ def _one_stream(inputs: Inputs) -> tuple[Inputs, Callable[[Streams], Streams]]:
     shared = inputs.shared
     if len(inputs.streams) == 1 or axis_size(*SEQUENCE) > 1:
         return inputs, lambda streams: streams
-    rotations = (tuple(jnp.concatenate(tables, axis=1) for tables in zip(*shared.rotations, strict=True)),)
+    cos, sin = (jnp.concatenate(tables, axis=1) for tables in zip(*shared.rotations, strict=True))
     video = shared.sizes[0]
-    joined = shared._replace(rotations=rotations, sizes=(sum(shared.sizes),), video=video)
+    joined = shared._replace(rotations=((cos, sin),), sizes=(sum(shared.sizes),), video=video)
     streams = (jnp.concatenate(inputs.streams, axis=1),)
     return inputs._replace(streams=streams, shared=joined), lambda x: (x[0][:, :video], x[0][:, video:])
 
