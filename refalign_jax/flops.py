@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig, SamplingConfig
+from refalign_jax.config import AlignmentConfig, DiTConfig, ModelConfig
 
 Kernel = Literal["splash", "cudnn", "xla"]
 """Kernel of attention."""
@@ -109,14 +109,13 @@ def attention_flops(model: ModelConfig, shape: Shape, kernel: Kernel) -> int:
     return 2 * model.dit.num_layers * per_layer * _scores(model.dit, shape)
 
 
-def sample_flops(dit: DiTConfig, shape: Shape, sampling: SamplingConfig) -> int:
-    """Operations of sampling one video: a forward pass for each branch of guidance in each step."""
-    return sampling.num_steps * sampling.num_branches(shape.references > 0) * forward_flops(dit, shape)
+def sample_flops(dit: DiTConfig, shape: Shape, forwards: int) -> int:
+    """Operations of sampling one video in so many forward passes (`sampling.num_forwards`)."""
+    return forwards * forward_flops(dit, shape)
 
 
-def sample_attention_flops(dit: DiTConfig, shape: Shape, sampling: SamplingConfig) -> int:
+def sample_attention_flops(dit: DiTConfig, shape: Shape, forwards: int) -> int:
     """The part of `sample_flops` between queries, keys and values."""
-    forwards = sampling.num_steps * sampling.num_branches(shape.references > 0)
     return 4 * forwards * dit.num_layers * _scores(dit, shape)
 
 

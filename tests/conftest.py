@@ -21,7 +21,7 @@ from support.places import GOLDEN, ROOT
 
 # The method, the transformer and the training step; the models of the encoders check their inputs themselves.
 MODELS = sorted(path.stem for path in (ROOT / "refalign_jax/models").glob("[a-z]*.py"))
-SHAPED = ["alignment", "flow", "objective", "sampling", "trainer.step"]
+SHAPED = ["alignment", "caching", "flow", "objective", "sampling", "trainer.step"]
 SHAPED += [f"models.{name}" for name in MODELS if name not in ("dinov3", "efficientnet", "streaming", "umt5", "vae")]
 hook = install_import_hook([f"refalign_jax.{name}" for name in SHAPED], "beartype.beartype")
 hook.__enter__()

@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "trees", "types", "atomic", "locks", "digests", "devices", "interrupt", "version"),
     ("provenance", "flops", "sharding", "command"),
     ("models",),
-    ("alignment", "flow", "solvers"),
+    ("alignment", "flow", "solvers", "caching"),
     ("objective", "sampling", "initial"),
     ("convert",),
     ("encoders",),

@@ -14,7 +14,16 @@ from support import tiny
 from refalign_jax.config import AlignmentConfig, MeshConfig, ModelConfig, SamplingConfig
 from refalign_jax.models.condition import Condition
 from refalign_jax.models.transformer import velocity
-from refalign_jax.sampling import advance, begin, guided_velocity, noise_levels, sample, velocities
+from refalign_jax.sampling import (
+    advance,
+    begin,
+    guided_steps,
+    guided_velocity,
+    noise_levels,
+    num_forwards,
+    sample,
+    velocities,
+)
 from refalign_jax.sharding import make_mesh, replicated, state_sharding
 
 STEPS = SamplingConfig(num_steps=3)
@@ -76,8 +85,8 @@ def test_padded_references_change_no_sample():
 def test_steps_in_parts_are_the_whole(solver):
     params, noise, *conditions = inputs(counts=jnp.array([2]))
     config = dataclasses.replace(STEPS, num_steps=4, solver=solver)
-    state, bounds = begin(noise, config), (0, 1, 3, 4)
-    for part in itertools.pairwise(bounds):
+    state = begin(params, noise, tuple(conditions), dit=tiny.DIT, config=config)
+    for part in itertools.pairwise((0, 1, 3, 4)):
         state = advance(params, state, tuple(map(jnp.int32, part)), tuple(conditions), dit=tiny.DIT, config=config)
     whole = sample(params, noise, *conditions, dit=tiny.DIT, config=config)
     assert tiny.relative(state.x, whole) <= 1e-6
@@ -101,6 +110,58 @@ def test_a_branch_whose_factor_is_0_is_not_computed(reference, text, references,
     n0, nr, cr = v(negative.without_references(), negative, prompt)
     expected = n0 + reference * (nr - n0) + text * (cr - nr) if references else nr + text * (cr - nr)
     assert tiny.relative(guided, expected) <= 1e-5
+
+
+@pytest.mark.parametrize(("interval", "guided"), [((0.8, 0.95), [1, 2]), ((0.95, 1.0), [0])])
+def test_guidance_between_two_noise_levels(interval, guided):
+    params, x, prompt, negative = inputs()
+    config = dataclasses.replace(STEPS, num_steps=4, guidance_interval=interval)
+    found = sample(params, x, prompt, negative, dit=tiny.DIT, config=config)
+    each = jax.jit(functools.partial(velocities, dit=tiny.DIT, batched=False))
+    sigmas = np.append(noise_levels(config), 0)
+    for i, sigma in enumerate(sigmas[:-1]):
+        t = jnp.full(1, 1000 * sigma, jnp.float32)
+        n0, nr, cr = each(params, x=x, t=t, conditions=(negative.without_references(), negative, prompt))
+        x = x + np.float32(sigmas[i + 1] - sigma) * (n0 + 5.0 * (nr - n0) + 7.5 * (cr - nr) if i in guided else cr)
+    assert tiny.relative(found, x) <= 1e-5
+    assert num_forwards(config, references=True) == 3 * len(guided) + 4 - len(guided)
+
+
+def equations(jaxpr):
+    """All equations of a traced program, those of its parts too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for part in value if isinstance(value, tuple) else [value]:
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+def test_outside_the_interval_one_branch_is_computed():
+    """A step chooses between two programs, one of which has a third of the other's products."""
+    config = dataclasses.replace(STEPS, guidance_interval=(0.8, 0.95))
+    params, *rest = inputs()
+    program = jax.make_jaxpr(functools.partial(sample, dit=tiny.DIT, config=config))(params, *rest)
+    choices = [equation.params["branches"] for equation in equations(program.jaxpr) if "branches" in equation.params]
+    counts = [[sum(e.primitive.name == "dot_general" for e in equations(b.jaxpr)) for b in each] for each in choices]
+    plain, guided = max(counts, key=sum)
+    assert 0 < 3 * plain == guided
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"guidance_interval": (0.9, 0.3)}, "guidance_interval=(0.9, 0.3) must be a noise level and a larger one"),
+        ({"guidance_interval": (0.0, 1.5)}, "guidance_interval=(0.0, 1.5) must be at least 0 and at most 1"),
+        ({"guidance_interval": (0.0, 0.1)}, "holds none of the 3 noise levels, which go from 1 to 0.7143"),
+        ({"cache_threshold": -0.1}, "cache_threshold=-0.1 must be at least 0 and at most 1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+def test_what_can_not_be_is_one_sentence(change, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        guided_steps(dataclasses.replace(STEPS, **change))
 
 
 @pytest.mark.parametrize(

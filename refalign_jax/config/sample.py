@@ -29,7 +29,12 @@ class SamplingConfig:
       text_guidance: s_text, the guidance scale of the text.
       batched_guidance: Run the branches of guidance as one forward of so many times the batch (faster where memory
         allows) instead of one after the other. A guidance scale of 1 needs one branch less: with both at 1, as
-        timestep-distilled weights want, the prompt's branch alone runs.
+        timestep-distilled weights want, the prompt's branch alone runs. On a mesh with more devices than videos, the
+        branches of the batch run on different devices.
+      guidance_interval: Least and largest noise level σ at which guidance applies, in [0, 1]; in the other steps the
+        prompt's branch alone runs. 0 and 1: guidance in all steps.
+      cache_threshold: Estimated relative change below which a step reuses what the blocks added to the tokens in an
+        earlier step, see `caching`; in [0, 1]. 0: the blocks run in each step.
       sigmas: Table of noise levels. `refalign`: from 1, as RefAlign samples. `wan`: what Wan's code has for the solver.
         `diffusers-0.36` and `diffusers-0.37`: diffusers' UniPC up to and from that version.
       sigma_values: The noise levels themselves, descending, without the last 0; they take the place of `sigmas` and
@@ -46,12 +51,19 @@ class SamplingConfig:
     sigmas: SigmaTable = "refalign"
     sigma_values: tuple[float, ...] = ()
     integer_timesteps: bool = False
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    cache_threshold: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuses an empty schedule, and noise levels that do not descend from at most 1."""
+        """Refuses an empty schedule, noise levels that do not descend from at most 1, and an empty interval."""
         check_values(self)
         check_range(self, "num_steps", "shift", above=0)
         check_range(self, "sigma_values", above=0, most=1)
+        check_range(self, "guidance_interval", "cache_threshold", least=0, most=1)
+        if self.guidance_interval[0] >= self.guidance_interval[1]:
+            raise ValueError(
+                f"SamplingConfig.guidance_interval={self.guidance_interval} must be a noise level and a larger one."
+            )
         if self.sigma_values and len(self.sigma_values) != self.num_steps:
             raise ValueError(
                 f"SamplingConfig.sigma_values holds {len(self.sigma_values)} noise levels, but num_steps is "
@@ -138,6 +150,14 @@ class GenerateConfig:
     """s_ref, the guidance scale of the references; of published weights 5."""
     text_guidance: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=RUNS)] = None
     """s_text, the guidance scale of the text; of published weights 7.5."""
+    guidance_interval: Annotated[
+        tuple[float, float] | None, tyro.conf.arg(metavar="LEAST LARGEST", help_behavior_hint=RUNS)
+    ] = None
+    """Noise levels between which guidance applies; of published weights 0 and 1, in all steps."""
+    cache_threshold: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=RUNS)] = None
+    """Relative change below which a step reuses what the blocks computed before; of published weights 0, never."""
+    batched_guidance: Annotated[bool | None, tyro.conf.arg(metavar="{True,False}", help_behavior_hint=RUNS)] = None
+    """Run the branches of guidance as one batch, over the devices where there are more of them than videos."""
     negative_prompt: Annotated[
         str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="(default: Wan's; empty for `words`)")
     ] = None

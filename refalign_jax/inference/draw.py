@@ -2,7 +2,7 @@
 
 On CPUs the last bits of a matrix product depend on how many rows it has. So there each device draws one video at a
 time, in a batch of any size, and with the references that the video has and no padding: the latents of a request are
-the same bytes whatever is drawn beside it.
+the same bytes whatever is drawn beside it. Where the branches of guidance are split over devices, each device has one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from refalign_jax.inference.requests import Request
 from refalign_jax.inference.tensors import given_noise, given_references, given_text
 from refalign_jax.models.condition import Condition
 from refalign_jax.sampling import advance, begin
-from refalign_jax.sharding import to_devices
+from refalign_jax.sharding import replicated, to_devices
 from refalign_jax.types import Array, Float, Params
+
+BRANCHES = 3
+"""Branches of guidance with references; plain text-to-video has two."""
 
 
 class Inputs(NamedTuple):
@@ -56,15 +59,19 @@ def denoise(
 
     Args:
       params: of the transformer, on the mesh.
-      inputs: of the batch; B is a multiple of the devices.
+      inputs: of the batch; B is a multiple of the devices or, where branches are split over them, less.
       dit: the transformer.
       config: how to sample.
       mesh: the devices.
     """
     with jax.set_mesh(mesh):
-        noise, prompt, negative, *references = to_devices([x for x in inputs if x is not None], mesh)
+        given = [x for x in inputs if x is not None]
+        few = len(inputs.noise) % mesh.size != 0
+        noise, prompt, negative, *references = (
+            jax.device_put(given, replicated(mesh)) if few else to_devices(given, mesh)
+        )
         conditions = Condition(prompt, *references), Condition(negative, *references)
-        state = begin(noise, config)
+        state = begin(params, noise, conditions, dit=dit, config=config)
     for i in range(config.num_steps):
         with jax.set_mesh(mesh):  # not around the yield, after which anything may run
             steps = jnp.int32(i), jnp.int32(i + 1)
@@ -81,11 +88,18 @@ def batches(inputs: Mapping[str, Inputs], size: int) -> list[list[str]]:
 
 
 def rows_per_call(generator: Generator) -> int:
-    """How many videos the compiled program draws at once: a multiple of the devices."""
-    devices = generator.mesh.size
-    if jax.default_backend() == "cpu":
-        return devices
-    return -(-generator.generate.batch_size // devices) * devices
+    """How many videos the compiled program draws at once.
+
+    A multiple of the devices; with `batched_guidance`, fewer, so that the branches of a video run on different devices:
+    on CPUs as many videos as give each device one branch, whatever the batch size, elsewhere the batch size.
+    """
+    devices, wanted = generator.mesh.size, generator.generate.batch_size
+    batched, on_cpu = generator.config.sampling.batched_guidance, jax.default_backend() == "cpu"
+    if batched and on_cpu and devices >= BRANCHES:
+        return devices // BRANCHES
+    if batched and not on_cpu and wanted < devices:
+        return wanted
+    return devices if on_cpu else -(-wanted // devices) * devices
 
 
 def stack(parts: Sequence[Inputs], size: int) -> Inputs:

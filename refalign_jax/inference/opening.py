@@ -48,6 +48,7 @@ from refalign_jax.encoders.open import (
 from refalign_jax.inference.background import CutOut, open_cut_out
 from refalign_jax.inference.tensors import Given, open_given
 from refalign_jax.initial import model_shapes
+from refalign_jax.sampling import guided_steps
 from refalign_jax.sharding import make_mesh, place_shapes
 from refalign_jax.types import Params
 
@@ -212,7 +213,7 @@ def _settle(run: Config, config: GenerateConfig) -> Config:
     """The run's configuration with what was asked for. Phantom-Wan is sampled as it publishes, unless a run differs.
 
     Raises:
-      ValueError: noise levels can't be read, or don't fit the number of steps.
+      ValueError: noise levels can't be read or don't fit the number of steps, or guidance applies in no step.
     """
     dit, sampling = run.model.dit, run.sampling
     if config.dtype:
@@ -222,6 +223,7 @@ def _settle(run: Config, config: GenerateConfig) -> Config:
         if sampling == SamplingConfig():
             sampling = dataclasses.replace(sampling, solver="unipc", sigmas="wan", integer_timesteps=True)
     names = ("solver", "num_steps", "shift", "integer_timesteps", "reference_guidance", "text_guidance")
+    names += ("guidance_interval", "cache_threshold", "batched_guidance")
     changes = {name: value for name in names if (value := getattr(config, name)) is not None}
     if config.sigmas in typing.get_args(SigmaTable):
         changes |= {"sigmas": config.sigmas, "sigma_values": ()}
@@ -233,6 +235,7 @@ def _settle(run: Config, config: GenerateConfig) -> Config:
             )
         changes |= {"sigma_values": values, "num_steps": len(values)}
     sampling = dataclasses.replace(sampling, **changes)
+    guided_steps(sampling)  # an interval without noise levels is found before minutes have passed
     return dataclasses.replace(run, model=dataclasses.replace(run.model, dit=dit), sampling=sampling)
 
 

@@ -37,7 +37,7 @@ from refalign_jax.perf.progress import progress
 from refalign_jax.perf.stages import lower_stage, stage_params
 from refalign_jax.perf.topology import is_gpu, known_chip, topology_mesh, usable_gib
 from refalign_jax.provenance import about
-from refalign_jax.sampling import sample
+from refalign_jax.sampling import num_forwards, sample
 from refalign_jax.sharding import check_batch, check_heads, place_shapes, replicated
 from refalign_jax.trainer.preflight import synthetic_spec
 from refalign_jax.trainer.state import state_shapes
@@ -199,8 +199,9 @@ def describe(config: Config, mesh: Mesh, known: Chip, topology: str, step: Step)
         model, again = flops.train_flops(config.model, shape), flops.repeated_flops(config.model, shape, kernel)
         attention = flops.attention_flops(config.model, shape, kernel)
     else:
-        model, again = flops.sample_flops(dit, shape, config.sampling), 0
-        attention = flops.sample_attention_flops(dit, shape, config.sampling)
+        forwards = num_forwards(config.sampling, shape.references > 0)
+        model, again = flops.sample_flops(dit, shape, forwards), 0
+        attention = flops.sample_attention_flops(dit, shape, forwards)
     params = stage_params(config, step)[1] if step in ("text", "decode") else model_shapes(config.model)["dit"]
     return {
         "step": step,

@@ -30,7 +30,7 @@ from refalign_jax.models.condition import Condition
 from refalign_jax.perf import hlo
 from refalign_jax.perf.profile import profile
 from refalign_jax.perf.progress import progress
-from refalign_jax.sampling import sample
+from refalign_jax.sampling import num_forwards, sample
 from refalign_jax.sharding import BATCH, check_batch, check_heads, make_mesh, replicated
 from refalign_jax.trainer import preflight
 from refalign_jax.trainer.preflight import example_shape, open_loader
@@ -132,7 +132,7 @@ def _sample_runner(config: Config, mesh: Mesh) -> Runner:
         yield lambda: program(params, *inputs)
 
     shape = flops.Shape(grid=grid, references=data.max_references, text_length=data.text_length)
-    counted = B * flops.sample_flops(dit, shape, config.sampling)
+    counted = B * flops.sample_flops(dit, shape, num_forwards(config.sampling, shape.references > 0))
     return Runner(config=config, program=program, compile_seconds=seconds, flops=counted, session=session)
 
 

@@ -19,6 +19,7 @@ from refalign_jax.encoders.interface import VideoCodec
 from refalign_jax.initial import random_params
 from refalign_jax.locks import exclusive
 from refalign_jax.provenance import about
+from refalign_jax.sampling import guided_steps
 from refalign_jax.sharding import check_batch, check_heads, make_mesh, replicated
 from refalign_jax.trainer import preflight
 from refalign_jax.trainer.checkpoint import Checkpoints
@@ -68,6 +69,8 @@ def open_run(config: Config, source: Source | None = None) -> Iterator[Run]:
     check_batch(config.data.batch_size, config.optimizer.accumulation, mesh)
     check_heads(config.model.dit, mesh)
     split(jax.eval_shape(lambda: random_params(config.model, jax.random.key(0))), config.optimizer.freeze)
+    if config.train.preview_every:
+        guided_steps(config.sampling)  # what is wrong would be found at the first preview
     if source is None:
         source = preflight.open_source(config)
     codec = preflight.preview_codec(config, source)

@@ -22,7 +22,7 @@ from support.places import ROOT, environment
 from refalign_jax.config import GenerateConfig, ModelConfig
 from refalign_jax.convert.checkpoint import save_params
 from refalign_jax.inference import generate as generate_module
-from refalign_jax.inference.draw import Inputs, batches
+from refalign_jax.inference.draw import Inputs, batches, rows_per_call
 from refalign_jax.inference.generate import generate
 from refalign_jax.inference.opening import open_generator
 from refalign_jax.inference.outputs import read_samples
@@ -88,6 +88,22 @@ def test_the_bytes_of_a_video_are_the_same_in_any_batch_part_and_order(generator
     thread.join()
     assert make("parts", requests, part=(3, 3)) == whole
     assert {entry["id"] for entry in read_samples(tmp_path / "parts")} == {f"v{n}" for n in range(7)}
+
+
+def test_shortcuts_and_branches_over_devices_leave_the_bytes_alone(weights, tmp_path):
+    config = dataclasses.replace(
+        SMALL, num_steps=5, guidance_interval=(0.8, 1.0), cache_threshold=0.5, batched_guidance=True
+    )
+    generator, requests = open_generator(str(weights), config), read_requests(write_prompts(tmp_path, 5))
+    assert rows_per_call(generator) == 8 // 3
+    generate(requests, tmp_path / "a", generator)
+    larger = dataclasses.replace(generator.generate, batch_size=4)
+    generate(requests[::-1], tmp_path / "b", dataclasses.replace(generator, generate=larger))
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    made = read_samples(tmp_path / "a")[0]["made"]["sampling"]
+    assert (made["guidance_interval"], made["cache_threshold"], made["batched_guidance"]) == ([0.8, 1.0], 0.5, True)
+    with pytest.raises(ValueError, match="holds none of the 5 noise levels"):
+        open_generator(str(weights), dataclasses.replace(config, guidance_interval=(0.0, 0.1)))
 
 
 def test_videos_of_one_kind_share_a_batch():
