@@ -236,7 +236,9 @@ def _stepper(
 
     def step(state: State, row: Row) -> State:
         memory, x, cache = state
-        t, reuse, change = jnp.full(x.shape[:1], row.time), None, None
+        t = jnp.full(x.shape[:1], row.time)
+        change: Any = None
+        reuse: Any = None
         if cache is not None:
             before, look = (cache.x, jnp.full_like(t, cache.t)), functools.partial(caching.look, params, dit)
             change = cache.change + _over_devices(lambda one: look(*one), (prompt, before, (x, t)), len(x))

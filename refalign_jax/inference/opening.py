@@ -222,8 +222,8 @@ def _settle(run: Config, config: GenerateConfig) -> Config:
         dit = dataclasses.replace(dit, reference_cross_attention=True)
         if sampling == SamplingConfig():
             sampling = dataclasses.replace(sampling, solver="unipc", sigmas="wan", integer_timesteps=True)
-    names = ("solver", "num_steps", "shift", "integer_timesteps", "reference_guidance", "text_guidance")
-    names += ("guidance_interval", "cache_threshold", "batched_guidance")
+    names = ["solver", "num_steps", "shift", "integer_timesteps", "reference_guidance", "text_guidance"]
+    names += ["guidance_interval", "cache_threshold", "batched_guidance"]
     changes = {name: value for name in names if (value := getattr(config, name)) is not None}
     if config.sigmas in typing.get_args(SigmaTable):
         changes |= {"sigmas": config.sigmas, "sigma_values": ()}
