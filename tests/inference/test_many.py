@@ -17,10 +17,12 @@ import pytest
 from PIL import Image
 from support import tiny
 from support.footage import photograph
+from support.pair import Pair
 from support.places import ROOT, environment
 
 from refalign_jax.config import GenerateConfig, ModelConfig
 from refalign_jax.convert.checkpoint import save_params
+from refalign_jax.data.video import read_frames
 from refalign_jax.inference import generate as generate_module
 from refalign_jax.inference.draw import Inputs, batches, rows_per_call
 from refalign_jax.inference.generate import generate
@@ -104,6 +106,26 @@ def test_shortcuts_and_branches_over_devices_leave_the_bytes_alone(weights, tmp_
     assert (made["guidance_interval"], made["cache_threshold"], made["batched_guidance"]) == ([0.8, 1.0], 0.5, True)
     with pytest.raises(ValueError, match="holds none of the 5 noise levels"):
         open_generator(str(weights), dataclasses.replace(config, guidance_interval=(0.0, 0.1)))
+
+
+@pytest.mark.slow
+def test_processes_that_have_joined_share_the_videos(weights, tmp_path):
+    """With the branches of each video over the four devices of its process; each makes every second video."""
+    prompts, out = write_prompts(tmp_path, 4), tmp_path / "out"
+    options = [f"--{name}={getattr(SMALL, name.replace('-', '_'))}" for name in ("vae", "text-encoder", "fps")]
+    options += ["--height=32", "--width=48", "--num-frames=5", "--num-steps=2", "--batched-guidance=True"]
+    command = [str(ROOT / "tools/sample.py"), f"--weights={weights}", f"--prompts={prompts}", f"--out={out}", *options]
+    pair = Pair(tmp_path, *command, "--distributed")
+    assert pair.wait() == [0, 0], pair.said()
+    for index, output in enumerate(pair.outputs):
+        assert "to be made: 2 new" in output.read_text(), index
+    entries = {entry["id"]: entry for entry in read_samples(out)}
+    assert sorted(entries) == ["v0", "v1", "v2", "v3"]
+    generator = open_generator(str(weights), dataclasses.replace(SMALL, num_steps=2))
+    generate(read_requests(prompts), tmp_path / "alone", generator)
+    for id in entries:
+        ours, theirs = (read_frames(folder / f"{id}.mp4", range(5)).astype(int) for folder in (out, tmp_path / "alone"))
+        assert np.abs(ours - theirs).mean() < 1
 
 
 def test_videos_of_one_kind_share_a_batch():
