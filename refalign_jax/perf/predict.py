@@ -5,8 +5,8 @@
     memory       bytes of element-wise passes / bandwidth of the memory
     links        bytes received by collectives / bandwidth of the links, or of the network between hosts of GPUs
 
-Each is divided by its assumed share. A step takes the sum of the first three, and of the links what is not hidden behind
-them. The range of the prediction is that of the shares.
+Each is divided by its assumed share. A step takes the sum of the first three, and of the links what is not hidden
+behind them. The range of the prediction is that of the shares.
 """
 
 from __future__ import annotations
