@@ -29,7 +29,7 @@ from refalign_jax.config import DiTConfig
 from refalign_jax.models import transformer
 from refalign_jax.models.condition import Condition
 from refalign_jax.models.dit import Observer, embed, run_blocks, unembed, velocity
-from refalign_jax.models.layers import layer_norm
+from refalign_jax.models.gradients import modulated_norm
 from refalign_jax.sharding import BATCH, SEQUENCE, TOKENS, axis_size, constrain
 from refalign_jax.types import Array, Bool, Float, Int, Params
 
@@ -164,7 +164,7 @@ def _first_input(params: Params, dit: DiTConfig, x: Array, t: Array, condition: 
     inputs = embed(params, dit, x, t, condition)
     modulation = params["blocks"]["modulation"][0]
     shift, scale, *_ = jnp.split((inputs.shared.time + modulation).astype(jnp.float32), 6, axis=1)
-    return layer_norm(inputs.streams[0], dit.eps) * (1 + scale) + shift
+    return modulated_norm(inputs.streams[0], 1 + scale, shift, dit.eps)
 
 
 def _relative_change(now: Float[Array, "B T D"], before: Float[Array, "B T D"]) -> Float[Array, " B"]:

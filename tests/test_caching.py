@@ -13,7 +13,6 @@ from support import tiny
 from refalign_jax.config import MeshConfig, SamplingConfig
 from refalign_jax.models.condition import Condition
 from refalign_jax.models.dit import Observer, embed, run_blocks, unembed
-from refalign_jax.models.layers import layer_norm
 from refalign_jax.sampling import advance, begin, guided_steps, noise_levels, num_forwards, sample
 from refalign_jax.sharding import make_mesh, replicated, state_sharding
 
@@ -51,7 +50,9 @@ def blocks(params, x, t, condition, residual, run):
         residual = streams[0] - before
     shift, scale, *_ = jnp.split(inputs.shared.time + params["blocks"]["modulation"][0], 6, axis=1)
     velocity = unembed(params, tiny.DIT, before + residual, inputs.e, x.shape)
-    return velocity, residual, layer_norm(before, tiny.DIT.eps) * (1 + scale) + shift
+    centred = before - before.mean(-1, keepdims=True)
+    normal = centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + tiny.DIT.eps)
+    return velocity, residual, normal * (1 + scale) + shift
 
 
 def written_out(args, config):
