@@ -146,7 +146,7 @@ def _again(files: tuple[Path, ...]) -> int:
     failed = []
     for number, (path, command) in enumerate(zip(files, commands, strict=True), 1):
         print(f"{number} of {len(files)}: tools/compile.py {shlex.join(command)}", flush=True)
-        if subprocess.run([sys.executable, __file__, *command], check=False).returncode not in (0, 1):
+        if subprocess.run([sys.executable, os.path.relpath(__file__), *command], check=False).returncode not in (0, 1):
             failed.append(str(path))
     print(_table(files))
     if failed:
