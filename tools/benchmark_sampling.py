@@ -147,12 +147,10 @@ def measure(given: Arguments) -> dict[str, Any]:
             drawn[key].frames.append(codec.decode(latents)[0])
             drawn[key].forwards += forwards
             drawn[key].seconds.append(seconds)
-    rows = [
-        {"sampler": sampler, "setting": name}
-        | compare(videos, drawn[sampler, "full"])
-        | recognised(videos.frames, examples)
-        for (sampler, name), videos in drawn.items()
-    ]
+    rows: list[dict[str, Any]] = []
+    for (sampler, name), videos in drawn.items():
+        against = compare(videos, drawn[sampler, "full"])
+        rows.append({"sampler": sampler, "setting": name, **against, **recognised(videos.frames, examples)})
     full = [videos for (_, name), videos in drawn.items() if name == "full"]
     return {"rows": rows, "unipc_against_euler": compare(full[1], full[0])}
 
