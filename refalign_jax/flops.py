@@ -72,11 +72,12 @@ def train_flops(model: ModelConfig, shape: Shape) -> int:
     return total
 
 
-def repeated_flops(model: ModelConfig, shape: Shape, kernel: Kernel) -> int:
+def repeated_flops(model: ModelConfig, shape: Shape, kernel: Kernel, alone: bool = False) -> int:
     """Operations that a training step on one sample recomputes, beyond `train_flops`.
 
     Before a block's backward pass, its forward pass is recomputed, except for the activations that the remat policy
-    retains. Even its last product is needed, for the gradient of the gate. In addition, kernels that do not store the
+    retains. Even its last product is needed, for the gradient of the gate, except where a device has a single sample
+    and the gate is a part of the kernel (`models/gradients.py`). In addition, kernels that do not store the
     scores recompute them: splash's two backward kernels compute seven products per tile where four are counted; its
     fused backward kernel and cuDNN's compute five.
 
@@ -84,6 +85,7 @@ def repeated_flops(model: ModelConfig, shape: Shape, kernel: Kernel) -> int:
       model: gives the sizes and the remat policy.
       shape: of the sample.
       kernel: of attention.
+      alone: whether one device has this one sample.
     """
     dit = model.dit
     L, RP = tokens(dit, shape)
@@ -94,6 +96,9 @@ def repeated_flops(model: ModelConfig, shape: Shape, kernel: Kernel) -> int:
     thin = narrow + 2 * wide
     again = {"none": 0, "dots": 0, "narrow": wide, "attention": thin, "full": thin + 2 * scores}
     total = dit.num_layers * (again[dit.remat] + _attention_again(dit, kernel) * scores)
+    aligned = model.alignment.num_blocks if model.alignment.weight > 0 else 0  # projectors need these blocks' outputs
+    if alone and dit.remat in ("attention", "full"):
+        total -= (dit.num_layers - aligned) * wide
     if model.alignment.weight > 0:
         projectors, cosines = alignment_flops(dit, model.alignment, shape)
         total += (projectors + cosines) // 2

@@ -196,7 +196,8 @@ def describe(config: Config, mesh: Mesh, known: Chip, topology: str, step: Step)
     shape = flops.Shape(grid=config.synthetic.latent_grid, references=data.max_references, text_length=data.text_length)
     if step == "train":
         kernel: flops.Kernel = "cudnn" if is_gpu(mesh) else "splash"
-        model, again = flops.train_flops(config.model, shape), flops.repeated_flops(config.model, shape, kernel)
+        model, alone = flops.train_flops(config.model, shape), mesh.size == data.batch_size == 1
+        again = flops.repeated_flops(config.model, shape, kernel, alone)
         attention = flops.attention_flops(config.model, shape, kernel)
     else:
         forwards = num_forwards(config.sampling, shape.references > 0)
