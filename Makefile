@@ -70,7 +70,7 @@ demo-compare: $(VENV)/.installed
 
 # Every report under benchmarks/ that the compilers made, made again by its own command; then the tables. Takes hours:
 # name some to make these alone, as in `make tables REPORTS="benchmarks/sample/*.json"`.
-REPORTS ?= $(wildcard $(addprefix benchmarks/,$(addsuffix /*.json,compiled gpu remat sample)))
+REPORTS ?= $(wildcard $(addprefix benchmarks/,$(addsuffix /*.json,compiled gpu remat sample pods)))
 
 tables: $(VENV)/.ahead
 	$(BIN)/python tools/compile.py --again $(REPORTS)

@@ -8,6 +8,7 @@ r"""Compiles a training or sampling step for TPUs or GPUs that need not be prese
     python tools/compile.py RECIPE --parameters
     python tools/compile.py --compare DUMP_A DUMP_B
     python tools/compile.py --table FILE FILE …
+    python tools/compile.py --predict FILE FILE …
     python tools/compile.py --again FILE FILE …
 
 RECIPE is a Python file, which is executed, or the bare name of one under configs/; options override its fields. It runs
@@ -63,6 +64,8 @@ class Arguments:
     """Print how two dumps differ; compiles nothing."""
     table: tuple[Path, ...] = ()
     """Print reports, as --json wrote them, as a Markdown table; compiles nothing."""
+    predict: tuple[Path, ...] = ()
+    """Print what step time and MFU reports of training steps allow, on paper; compiles nothing."""
     again: tuple[Path, ...] = ()
     """Compile what reports describe, as their commands have it, and write each again."""
     config: Annotated[Config, arg(name="")] = dataclasses.field(default_factory=Config)
@@ -73,11 +76,11 @@ def main(arguments: list[str], prog: str) -> int:
     """Parses, compiles, prints; returns 1 where nothing fits."""
     given = parse_recipe(Arguments, arguments, prog, __doc__, optional=True)
     named = bool(arguments) and not arguments[0].startswith("-")
-    if not named and not (given.compare or given.table or given.again):
+    if not named and not (given.compare or given.table or given.predict or given.again):
         raise ValueError(f"Name a recipe first, as in: {prog} tiny --topology v5e:2x2; see {prog} --help.")
     os.environ.update(NO_TPU)  # before anything imports JAX
-    if given.compare or given.table:
-        print(_compared(given.compare) if given.compare else _table(given.table))
+    if given.compare or given.table or given.predict:
+        print(_compared(given.compare) if given.compare else _of_reports(given))
         return 0
     if given.again:
         return _again(given.again)
@@ -160,7 +163,7 @@ def _command(path: Path) -> list[str]:
     Raises:
       ValueError: it is no report of one compilation, or its command is not this one's.
     """
-    reports = _read(path)
+    reports = _read(path, "--again")
     try:
         (report,) = reports
         _, *arguments = shlex.split(report["about"]["command"])
@@ -195,21 +198,22 @@ def _compared(folders: tuple[Path, ...]) -> str:
         ) from error
 
 
-def _table(files: tuple[Path, ...]) -> str:
-    """Reports as a Markdown table."""
-    reports = [report for path in files for report in _read(path)]
-    from refalign_jax.perf import tables
+def _of_reports(given: Arguments) -> str:
+    """Reports as a Markdown table, or what they allow on paper as another."""
+    option = "--table" if given.table else "--predict"
+    reports = [report for path in given.table or given.predict for report in _read(path, option)]
+    from refalign_jax.perf import predict, tables
 
     try:
-        return tables.table(reports)
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise ValueError(f"--table: one of the files is no report of --json, or an old one ({error!r}).") from error
+        return tables.table(reports) if given.table else predict.table(reports)
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{option}: one of the files is no report of --json, or an old one ({error!r}).") from error
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path, option: str) -> list[dict[str, Any]]:
     """The report, or the reports of a sweep, that --json wrote."""
     if not path.is_file():
-        raise ValueError(f"--table: the report {path} does not exist; name files that --json wrote.")
+        raise ValueError(f"{option}: the report {path} does not exist; name files that --json wrote.")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         reports = found if isinstance(found, list) else [found]
@@ -220,9 +224,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
             if key not in dict(report)
         }
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"--table {path}: can't be read as a report of --json ({error}).") from error
+        raise ValueError(f"{option} {path}: can't be read as a report of --json ({error}).") from error
     if missing:
-        raise ValueError(f"--table {path}: no report of --json, or an old one; it lacks {', '.join(sorted(missing))}.")
+        raise ValueError(f"{option} {path}: no report of --json, or an old one; it lacks {', '.join(sorted(missing))}.")
     return reports
 
 

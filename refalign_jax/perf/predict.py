@@ -57,26 +57,21 @@ def predict(report: Mapping[str, Any], shares: Shares) -> dict[str, float]:
       ValueError: the report lacks what a prediction needs, since its program does not fit or it is an old one.
     """
     device = chip(report["device"])
-    if device is None or "passes" not in report or "collectives" not in report:
+    if device is None or report["step"] != "train" or not {"passes", "collectives"} <= report.keys():
         raise ValueError(
-            f"The report on {report.get('topology')} holds no collectives and passes over memory; compile the step "
-            "again, where it fits."
+            f"The report on {report['topology']} is not of a training step, or lacks collectives and passes over "
+            "memory; compile the training step again, for devices on which it fits."
         )
     work = report["tflops"]
     seconds = {
         "products": (work["hardware_a_device"] - work["attention_a_device"]) / device.tflops / shares.products,
         "attention": work["attention_a_device"] / device.tflops / shares.attention,
-        "memory": elementwise_gb(report) / device.hbm_gbps / shares.memory,
+        "memory": report["passes"]["elementwise_gb"] / device.hbm_gbps / shares.memory,
         "links": _link_seconds(report, device.link_gbps / 2) / shares.links,
     }
     step = sum(seconds[part] for part in PARTS[:3]) + (1 - shares.hidden) * seconds["links"]
     mfu = work["model"] / report["devices"] / device.tflops / step
     return seconds | {"step": step, "mfu": mfu}
-
-
-def elementwise_gb(report: Mapping[str, Any]) -> float:
-    """10^9 bytes that one device reads and writes in element-wise passes, copies included."""
-    return report["passes"]["elementwise_gb"]
 
 
 def _link_seconds(report: Mapping[str, Any], link_gbps: float) -> float:

@@ -134,8 +134,10 @@ def _source(candidates: Sequence[hlo.Instruction]) -> str:
 def _operands(instruction: hlo.Instruction) -> list[tuple[str, int | None]]:
     """The operands of an instruction: name, and the element of a tuple where newer text names one."""
     text = instruction.text
-    begin = text.index(f" {instruction.opcode}(") + len(instruction.opcode) + 1
-    inside = text[begin : begin + hlo.closing(text[begin:])]
+    found = re.search(r" = .*? [a-z][\w\-]*(?=\()", text)  # the text's opcode; `hlo.parse` renames some all-reduces
+    assert found is not None, text
+    inside = text[found.end() :]
+    inside = inside[: hlo.closing(inside)]
     return [(name, int(element) if element else None) for name, element in _OPERAND.findall(inside)]
 
 
@@ -200,7 +202,8 @@ def _read_shares(fused: Sequence[hlo.Instruction], inside: dict[str, hlo.Instruc
     need: dict[str, float] = {fused[-1].name: 1.0}
     sliced: dict[str, dict[str, float]] = collections.defaultdict(dict)
     for user in reversed(fused):  # users come after what they use
-        share = min(1.0, max(need.get(user.name, 0.0), sum(sliced[user.name].values())))
+        whole = user.opcode.removesuffix("-start") in hlo.COLLECTIVES  # these read all, whatever is kept of it
+        share = 1.0 if whole else min(1.0, max(need.get(user.name, 0.0), sum(sliced[user.name].values())))
         need[user.name] = share
         for place, (name, _) in enumerate(dict.fromkeys(_operands(user))):
             if name not in inside:

@@ -100,6 +100,25 @@ def test_a_real_program_moves_what_it_reads_and_writes(trips):
     assert sum(p.bytes * p.times for p in large) == trips * 2 * 2**22
 
 
+def test_a_reduce_scatter_as_tpus_write_it():
+    """An all-reduce in a fusion that keeps one part; `hlo.parse` calls it what it is."""
+    text = """
+%all-reduce-scatter.1 (x: f32[8,4]) -> f32[1,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %all-reduce.1 = f32[8,4]{1,0:T(8,128)} all-reduce(%x), channel_id=1, replica_groups={{0,1}}, to_apply=%sum
+  ROOT %part = f32[1,4]{1,0} dynamic-slice(%all-reduce.1, %zero, %zero), dynamic_slice_sizes={1,4}
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[1,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  ROOT %scattered = f32[1,4]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    (one,) = traffic.passes(hlo.parse(text))
+    assert (one.kind, one.bytes) == ("collectives", 128 + 16)
+
+
 def test_newer_text_names_the_elements_of_tuples():
     newer = TEXT.replace("  %y = f32[8,4]{1,0} get-tuple-element(%p), index=1\n", "").replace("%y", "%p#1")
     older = {p.name: p.bytes for p in traffic.passes(hlo.parse(TEXT))}
