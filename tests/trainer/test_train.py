@@ -165,7 +165,7 @@ def test_accumulated_gradient_is_that_of_the_whole_batch():
         for n in (1, 2)
     )
     for a, b in zip(jax.tree.leaves((one, g1)), jax.tree.leaves((two, g2)), strict=True):
-        assert tiny.relative(a, b) <= 1e-6 or float(jnp.abs(a - b).max()) <= 1e-9
+        assert tiny.relative(a, b) <= 2e-6 or float(jnp.abs(a - b).max()) <= 1e-9
 
 
 def test_dropped_conditions():

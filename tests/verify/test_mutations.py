@@ -49,8 +49,8 @@ MUTATIONS = {
     "shift before scale": (BLOCK, MODULATE, "(streams, (1 + scale1, shift1 * (1 + scale1)), shared)", VELOCITY),
     "epsilon of the modulated norms": (
         GRADIENTS,
-        "normal = layer_norm(x, eps,",
-        "normal = layer_norm(x, 1e-5,",
+        "normal, scale = _centred(x, eps)",
+        "normal, scale = _centred(x, 1e-5)",
         VELOCITY,
     ),
     "no gate": (GRADIENTS, GATED, f"gate = gate * 0 + 1; {GATED}", VELOCITY),
