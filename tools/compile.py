@@ -25,7 +25,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -80,7 +80,8 @@ def main(arguments: list[str], prog: str) -> int:
         raise ValueError(f"Name a recipe first, as in: {prog} tiny --topology v5e:2x2; see {prog} --help.")
     os.environ.update(NO_TPU)  # before anything imports JAX
     if given.compare or given.table or given.predict:
-        print(_compared(given.compare) if given.compare else _of_reports(given))
+        option = "--table" if given.table else "--predict"
+        print(_compared(given.compare) if given.compare else _of_reports(option, given.table or given.predict))
         return 0
     if given.again:
         return _again(given.again)
@@ -151,7 +152,7 @@ def _again(files: tuple[Path, ...]) -> int:
         print(f"{number} of {len(files)}: tools/compile.py {shlex.join(command)}", flush=True)
         if subprocess.run([sys.executable, os.path.relpath(__file__), *command], check=False).returncode not in (0, 1):
             failed.append(str(path))
-    print(_table(files))
+    print(_of_reports("--table", files))
     if failed:
         print(f"Not compiled, and unchanged: {', '.join(failed)}.", file=sys.stderr)
     return 2 if failed else 0
@@ -198,14 +199,13 @@ def _compared(folders: tuple[Path, ...]) -> str:
         ) from error
 
 
-def _of_reports(given: Arguments) -> str:
-    """Reports as a Markdown table, or what they allow on paper as another."""
-    option = "--table" if given.table else "--predict"
-    reports = [report for path in given.table or given.predict for report in _read(path, option)]
+def _of_reports(option: str, files: Sequence[Path]) -> str:
+    """Reports as a Markdown table, or with the option --predict what they allow on paper as another."""
+    reports = [report for path in files for report in _read(path, option)]
     from refalign_jax.perf import predict, tables
 
     try:
-        return tables.table(reports) if given.table else predict.table(reports)
+        return tables.table(reports) if option == "--table" else predict.table(reports)
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ValueError(f"{option}: one of the files is no report of --json, or an old one ({error!r}).") from error
 
