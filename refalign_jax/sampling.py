@@ -298,10 +298,8 @@ def sample(
     Returns:
       Normalised latents, float32.
     """
-    step, tables = (
-        _stepper(params, prompt, negative, dit, config),
-        _tables(config, prompt.reference_latents is not None),
-    )
+    step = _stepper(params, prompt, negative, dit, config)
+    tables = _tables(config, prompt.reference_latents is not None)
     state = begin(params, noise, (prompt, negative), dit=dit, config=config)
     state, _ = jax.lax.scan(lambda state, row: (step(state, row), None), state, tables)
     return state.x
