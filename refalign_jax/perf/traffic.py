@@ -63,7 +63,8 @@ def passes(program: hlo.Program) -> list[Pass]:
     for instruction, times, computation in hlo.walk(program, fusions=False):
         if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
             continue
-        fused = program[instruction.called("calls") or ""] if instruction.opcode == "fusion" else []
+        is_fusion = instruction.opcode in ("fusion", "fusion-start")  # the latter runs beside others
+        fused = program[instruction.called("calls") or ""] if is_fusion else []
         known = index[computation]
         moved = _fusion_bytes(instruction, fused, known) if fused else _bytes(instruction, known)
         if moved:
@@ -180,10 +181,10 @@ def _results(
 ) -> Iterator[tuple[hlo.Shape, hlo.Shape]]:
     """Each array that a fusion returns, and the shape of the part of it that is written."""
     producers = [inside[name] for name, _ in _operands(root)] if root.opcode == "tuple" else [root]
-    if len(producers) != len(fusion.shapes):
-        yield from zip(fusion.shapes, fusion.shapes, strict=True)
+    if len(producers) != len(fusion.outputs):
+        yield from zip(fusion.outputs, fusion.outputs, strict=True)
         return
-    for shape, producer in zip(fusion.shapes, producers, strict=True):
+    for shape, producer in zip(fusion.outputs, producers, strict=True):
         while producer.opcode == "bitcast" and _operands(producer)[0][0] in inside:
             producer = inside[_operands(producer)[0][0]]
         updated = producer.opcode == "dynamic-update-slice"

@@ -119,6 +119,17 @@ ENTRY %main (a: f32[8,4]) -> f32[1,4] {
     assert (one.kind, one.bytes) == ("collectives", 128 + 16)
 
 
+def test_a_fusion_that_runs_beside_others_is_counted_as_one():
+    beside = TEXT.replace(
+        "%stack = f32[16,4]{1,0} fusion(%s, %x), kind=kLoop, calls=%in_place",
+        "%begun = ((f32[16,4]{1,0}, f32[1,4]{1,0}), f32[16,4]{1,0}, u32[]) fusion-start(%s, %x), kind=kLoop, "
+        "calls=%in_place\n  %stack = f32[16,4]{1,0} fusion-done(%begun)",
+    )
+    before, after = ({p.name: (p.kind, p.bytes) for p in traffic.passes(hlo.parse(text))} for text in (TEXT, beside))
+    assert after.pop("begun") == before.pop("stack")
+    assert after == before
+
+
 def test_newer_text_names_the_elements_of_tuples():
     newer = TEXT.replace("  %y = f32[8,4]{1,0} get-tuple-element(%p), index=1\n", "").replace("%y", "%p#1")
     older = {p.name: p.bytes for p in traffic.passes(hlo.parse(TEXT))}
