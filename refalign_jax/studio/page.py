@@ -330,6 +330,7 @@ def _wire_drawing(studio: Studio, page: gr.Blocks, inputs: _Inputs, results: _Re
     outputs = [results.status, results.preview, results.video, *results.files, results.how, results.about]
 
     def draw(prompt: str, pictures: list[Path], *values: Any) -> Iterator[dict[Any, Any]]:
+        yield {inputs.draw: gr.Button(interactive=False)}
         settings = dict(zip(names, values[most:-1], strict=True))
         try:
             job = studio.ask(prompt, list(zip(pictures, values, strict=False)), settings, values[-1] or 0)
@@ -347,17 +348,24 @@ def _wire_drawing(studio: Studio, page: gr.Blocks, inputs: _Inputs, results: _Re
                 update[results.video] = gr.Video(visible=False)
             yield update
         update = {results.preview: gr.Image(value=None, visible=False), results.video: gr.Video(visible=bool(step))}
-        update = {**_finished(studio, results), **_show(results, job)} if job.entry else update
-        yield {**update, inputs.draw: gr.Button(visible=True), inputs.cancel: gr.Button(visible=False)}
+        yield {**_finished(studio, results), **_show(results, job)} if job.entry else update
 
     def choose(event: gr.SelectData) -> dict[Any, Any]:
         jobs = studio.finished[::-1]
         return _show(results, jobs[event.index]) if event.index < len(jobs) else {}
 
-    inputs.draw.click(
+    drawn = inputs.draw.click(
         draw,
         [inputs.prompt, inputs.pictures, *inputs.subjects, *inputs.settings.values(), inputs.preview_every],
         [current, inputs.draw, inputs.cancel, *outputs, results.gallery],
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    # Gradio drops a click on a button whose last one is still being answered, so it comes back only after that.
+    drawn.then(
+        lambda: (gr.Button(visible=True, interactive=True), gr.Button(visible=False)),
+        None,
+        [inputs.draw, inputs.cancel],
         show_progress="hidden",
         api_visibility="private",
     )

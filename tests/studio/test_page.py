@@ -76,10 +76,22 @@ def text(selector):
 
 
 def fill(tab, selector, value):
-    """Types over what a field holds."""
-    tab.evaluate(f"document.querySelector('{selector}').focus(); document.querySelector('{selector}').select()")
-    tab.call("Input.insertText", text=value)
-    tab.evaluate(f"document.querySelector('{selector}').blur()")
+    """Types over what a field holds, again where the page drew the field anew meanwhile."""
+    field, pause = f"document.querySelector('{selector}')", "new Promise(f => setTimeout(f, 500))"
+    for _ in range(20):
+        if tab.evaluate(f"{field}.focus(); {field}.select(); document.activeElement == {field}"):
+            tab.call("Input.insertText", text=value)
+            tab.evaluate(f"{field}.blur()")
+        if tab.evaluate(f"{pause}.then(() => {field}.value)") == value:
+            return
+    raise AssertionError(f"{selector} does not keep {value}")
+
+
+def press_draw(tab):
+    """Presses the button once it is there."""
+    button = "document.querySelector('#draw')"
+    tab.wait_for(f"({button}?.offsetParent ?? null) != null && !{button}.disabled")
+    tab.evaluate(f"{button}.click()")
 
 
 def test_from_a_dropped_picture_to_a_video(tab, place):
@@ -91,7 +103,7 @@ def test_from_a_dropped_picture_to_a_video(tab, place):
     assert tab.evaluate("document.querySelector('#seen-1 img').naturalWidth") == 48
     fill(tab, "#prompt textarea", "A cat in a café.")
     fill(tab, "#subject-1 input", "cat")
-    tab.evaluate("document.querySelector('#draw').click()")
+    press_draw(tab)
     tab.wait_for(f"{text('#status')}.startsWith('Done')")
     tab.wait_for("document.querySelector('#video video')?.videoWidth == 48")
     (out,) = (place / "videos").iterdir()
@@ -99,18 +111,18 @@ def test_from_a_dropped_picture_to_a_video(tab, place):
     assert about["prompt"] == "A cat in a café."
     assert about["references"][0]["subject"] == "cat"
     assert (out / "0001.mp4").stat().st_size > 0
-    assert tab.evaluate("document.querySelectorAll('#gallery .thumbnail-item').length") == 1
+    tab.wait_for("document.querySelectorAll('#gallery .thumbnail-item').length == 1")
 
 
 def test_a_setting_that_makes_no_video_is_a_sentence_and_the_page_goes_on(tab, place):
     tab.evaluate("document.querySelector('#settings button').click()")
     tab.wait_for("document.querySelector('#num_frames input')?.offsetParent != null")
     fill(tab, "#num_frames input", "6")
-    tab.evaluate("document.querySelector('#draw').click()")
+    press_draw(tab)
     tab.wait_for(f"{text('#status .wrong')}.includes('num_frames')")
     assert "Traceback" not in tab.evaluate("document.body.innerText")
     fill(tab, "#num_frames input", "1")
-    tab.evaluate("document.querySelector('#draw').click()")
+    press_draw(tab)
     tab.wait_for("document.querySelectorAll('#gallery .thumbnail-item').length == 2")
     (out,) = (place / "videos").iterdir()
     assert json.loads((out / "0002.json").read_text())["made"]["size"] == [1, 32, 48]
@@ -121,7 +133,7 @@ def test_a_video_is_cancelled_and_the_page_goes_on(tab, place):
     before = sorted(path.name for path in out.iterdir())
     fill(tab, "#num_steps input", "100000")  # takes until it is cancelled
     fill(tab, "#preview_every input", "2")
-    tab.evaluate("document.querySelector('#draw').click()")
+    press_draw(tab)
     tab.wait_for("(document.querySelector('#cancel')?.offsetParent ?? null) != null")
     tab.wait_for(f"{text('#status')}.includes(' of 100000, about ')")
     tab.wait_for("document.querySelector('#preview img')?.naturalWidth == 48")
