@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from refalign_jax.config import AlignmentConfig
-from refalign_jax.models.dit import Observer
+from refalign_jax.models.dit import OBSERVED, Observer
 from refalign_jax.sharding import BATCH, TOKENS, constrain
 from refalign_jax.types import Array, Bool, Float, Int, Params
 
@@ -288,8 +289,10 @@ def observer(
     """
 
     def observe(streams: tuple[Array, ...], projector: Params) -> tuple[Array, Array]:
+        tokens = checkpoint_name(streams[1], OBSERVED)
+
         def terms() -> tuple[Array, Array]:
-            return block_terms(projector, streams[1], targets, config)
+            return block_terms(projector, tokens, targets, config)
 
         def nothing() -> tuple[Array, Array]:
             zeros = jnp.zeros(targets.features.shape[0])

@@ -225,6 +225,17 @@ def unsharded() -> contextlib.AbstractContextManager[Any]:
     return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
 
 
+def ambient_device() -> Any:
+    """What is known of the ambient mesh's devices or, without a mesh, of the default devices: platform and kind."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.devices()[0] if mesh.empty else mesh.abstract_device
+
+
+def on_gpu() -> bool:
+    """Whether the ambient device is a GPU."""
+    return ambient_device().platform in ("gpu", "cuda")
+
+
 def is_split() -> bool:
     """Whether the ambient mesh has more than one device."""
     mesh = jax.sharding.get_abstract_mesh()

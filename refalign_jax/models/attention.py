@@ -33,8 +33,8 @@ from jax.sharding import PartitionSpec
 
 from refalign_jax.config import AttentionKernel, AttentionTiles, DiTConfig
 from refalign_jax.models.ring import Ring, ring_attention
-from refalign_jax.models.splash import ATTENTION_OUTPUT, ambient_device, heads_first, segments_of, splash_kernel
-from refalign_jax.sharding import BATCH, CONDITION, CONTEXT, HIDDEN, RING, axis_size
+from refalign_jax.models.splash import ATTENTION_OUTPUT, heads_first, segments_of, splash_kernel
+from refalign_jax.sharding import BATCH, CONDITION, CONTEXT, HIDDEN, RING, ambient_device, axis_size
 from refalign_jax.types import Array, Float, Int
 
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"

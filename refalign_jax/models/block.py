@@ -24,10 +24,12 @@ from refalign_jax.models.gradients import (
     Product,
     add_gated,
     after,
-    gelu,
+    by_token,
     modulated_norm,
     modulated_products,
     rms_norm,
+    stored,
+    stored_gradient,
 )
 from refalign_jax.models.layers import HIDDEN_OUTPUT, LINEAR_OUTPUT, Linear, LinearParams
 from refalign_jax.models.rope import Rotation
@@ -117,12 +119,13 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B L D"], modulation: Modulation, text: Float[Array, "B S D"]
+        self, x: Float[Array, "B T D"], modulation: Modulation, text: Float[Array, "B S D"], number: int | None = None
     ) -> Float[Array, "B L D"]:
-        """Maps tokens, which are normalised and modulated here, to the attended tokens."""
+        """Maps the first `number` tokens, which are normalised and modulated here, to attended ones; None: all."""
         c = self.config
         dtype = jnp.dtype(c.compute_dtype)
-        (query,) = modulated_products(x, modulation, (LinearParams(c.width, dtype, name="query")(c.width),), c.eps)
+        kernel = LinearParams(c.width, dtype, name="query")(c.width)
+        (query,) = modulated_products(x, modulation, (kernel,), c.eps, number)
         key, value = (Linear(c.width, dtype, CONDITION, name=name) for name in ("key", "value"))
         q = HeadsNorm(c.eps, name="query_norm")(_heads(_kept(*query), c))
         k = HeadsNorm(c.eps, name="key_norm")(_heads(key(text), c))
@@ -142,7 +145,8 @@ class FeedForward(nn.Module):
         dtype = jnp.dtype(c.compute_dtype)
         (y,) = modulated_products(x, modulation, (LinearParams(c.ffn_width, dtype, name="in")(c.width),), c.eps)
         kernel, bias = LinearParams(c.width, dtype, name="out")(c.ffn_width)
-        return Product(gelu(_kept(*y, name=HIDDEN_OUTPUT)), kernel, bias[None, None])
+        hidden, constant = y
+        return Product(_kept(hidden, name=HIDDEN_OUTPUT), kernel, bias[None, None], constant)
 
 
 class Block(nn.Module):
@@ -154,28 +158,27 @@ class Block(nn.Module):
     def __call__(self, streams: Streams, shared: Shared) -> Streams:
         """Maps the streams, in the residual dtype, to the streams after this block."""
         c = self.config
-        streams = tuple(checkpoint_name(constrain(x, TOKENS), BLOCK_INPUT) for x in streams)
+        streams = tuple(checkpoint_name(by_token(constrain(x, TOKENS)), BLOCK_INPUT) for x in streams)
         modulation = self.param("modulation", nn.initializers.normal(c.width**-0.5), (6, c.width))
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(
             (shared.time + modulation).astype(jnp.float32), 6, axis=1
         )
 
         outputs = SelfAttention(c, name="self_attention")(streams, (1 + scale1, shift1), shared)
-        video, *reference = (add_gated(x, gate1, y) for x, y in zip(streams, outputs, strict=True))
+        video, *reference = (stored_gradient(add_gated(x, gate1, y)) for x, y in zip(streams, outputs, strict=True))
 
         norm = NormParams(name="cross_norm")(c.width)
         cross_attention = CrossAttention(c, name="cross_attention")
 
-        def cross(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-            return (x + cross_attention(x, norm, shared.text)).astype(x.dtype)
-
         if c.reference_cross_attention:
-            video, *reference = (cross(x) for x in (video, *reference))
-        elif shared.video is None:
-            video = cross(video)
+            video, *reference = (
+                (x + cross_attention(x, norm, shared.text)).astype(x.dtype) for x in (video, *reference)
+            )
         else:
-            first, rest = jnp.split(video, [shared.video], axis=1)
-            video = jnp.concatenate([cross(first), rest], axis=1)
+            added = cross_attention(video, norm, shared.text, shared.video)
+            behind = video.shape[1] - added.shape[1]
+            video = (video + jnp.pad(added, ((0, 0), (0, behind), (0, 0)))).astype(video.dtype)
+        video, *reference = (stored(x) for x in (video, *reference))
 
         ffn = FeedForward(c, name="ffn")
         return tuple(add_gated(x, gate2, ffn(x, (1 + scale2, shift2))) for x in (video, *reference))

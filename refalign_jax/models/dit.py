@@ -32,11 +32,14 @@ from refalign_jax.models.splash import ATTENTION_OUTPUT
 from refalign_jax.sharding import BATCH, CONDITION, SEQUENCE, TOKENS, axis_size, constrain, unsharded
 from refalign_jax.types import Array, Float, Params
 
+OBSERVED = "observed"
+"""Checkpoint name of the tokens that an observer reads: few, and their block need not be computed again to its end."""
+
 REMAT_KEEPS: dict[str, tuple[str, ...]] = {
-    "dots": (STATISTICS, LINEAR_OUTPUT, HIDDEN_OUTPUT, ATTENTION_OUTPUT),
-    "narrow": (STATISTICS, LINEAR_OUTPUT, ATTENTION_OUTPUT),
-    "attention": (STATISTICS, ATTENTION_OUTPUT),
-    "full": (),
+    "dots": (OBSERVED, STATISTICS, LINEAR_OUTPUT, HIDDEN_OUTPUT, ATTENTION_OUTPUT),
+    "narrow": (OBSERVED, STATISTICS, LINEAR_OUTPUT, ATTENTION_OUTPUT),
+    "attention": (OBSERVED, STATISTICS, ATTENTION_OUTPUT),
+    "full": (OBSERVED,),
 }
 """The activations that each remat policy retains in a block, by their checkpoint names."""
 

@@ -21,10 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from refalign_jax.models.layers import LINEAR_OUTPUT, Affine, matmul
 from refalign_jax.models.rope import Rotation, partner
-from refalign_jax.sharding import is_split
+from refalign_jax.sharding import is_split, on_gpu
 from refalign_jax.types import Array, Float
 
 STATISTICS = "statistics"
@@ -36,26 +37,36 @@ Modulation = tuple[Float[Array, "#B 1 D"], Float[Array, "#B 1 D"]]
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """inputs @ kernel + bias, not computed yet.
+    """f(inputs) @ kernel + bias, not computed yet.
 
     Attributes:
       inputs: in the compute dtype.
       kernel: in the compute dtype.
       bias: float32, of all samples or of each.
+      inner: f(x) is GELU(x + inner), float32; None: f(x) is x.
     """
 
     inputs: Float[Array, "B T I"]
     kernel: Float[Array, "I O"]
     bias: Float[Array, "#B 1 O"]
+    inner: Float[Array, "#B 1 I"] | None = None
+
+    def times(self, kernel: Float[Array, "I O"]) -> Float[Array, "B T O"]:
+        """Returns f(inputs) @ kernel, for any kernel, in the compute dtype."""
+        return matmul(self.inputs, kernel) if self.inner is None else gelu_product(self.inputs, self.inner, kernel)
 
     def compute(self) -> Float[Array, "B T O"]:
         """Returns the product in the compute dtype."""
-        return matmul(self.inputs, self.kernel) + self.bias.astype(self.inputs.dtype)
+        return self.times(self.kernel) + self.bias.astype(self.inputs.dtype)
 
 
 def modulated_products(
-    x: Float[Array, "B T D"], modulation: Modulation, layers: tuple[Affine, ...], eps: float
-) -> list[tuple[Float[Array, "B T _"], Float[Array, "#B 1 _"]]]:
+    x: Float[Array, "B T D"],
+    modulation: Modulation,
+    layers: tuple[Affine, ...],
+    eps: float,
+    number: int | None = None,
+) -> list[tuple[Float[Array, "B U _"], Float[Array, "#B 1 _"]]]:
     """(LN(x)·weight + shift) @ kernel + bias for every layer, as a product and what is still to be added to it.
 
     Args:
@@ -63,16 +74,19 @@ def modulated_products(
       modulation: weight and shift, of each sample or of all.
       layers: kernels and biases.
       eps: added to the variance.
+      number: U, how many tokens the products are for, the first ones; None: all. All are normalised, so that in the
+        gradient norm and residual are one pass.
 
     Returns:
       Of every layer, the product in the kernel's dtype, and what all tokens of a sample, or of all samples, have in
       common, float32.
     """
     weight, shift = modulation
-    normal = layer_norm(x, eps, layers[0][0].dtype)
+    dtype = layers[0][0].dtype
     if not _one_weight(weight):
-        normal = modulated_norm(x, weight, shift, eps).astype(normal.dtype)
+        normal = modulated_norm(x, weight, shift, eps).astype(dtype)[:, :number]
         return [(matmul(normal, kernel), bias[None, None]) for kernel, bias in layers]
+    normal = layer_norm(x, eps, dtype)[:, :number]
     return [(matmul(normal, _scaled(kernel, weight[0].T)), _constant(shift, kernel) + bias) for kernel, bias in layers]
 
 
@@ -85,7 +99,7 @@ def add_gated(x: Float[Array, "B T D"], gate: Float[Array, "B 1 D"], y: Product)
       y: what is added.
     """
     if _one_weight(gate):
-        added = matmul(y.inputs, _scaled(y.kernel, gate[0])) + (gate * y.bias).astype(y.inputs.dtype)
+        added = y.times(_scaled(y.kernel, gate[0])) + (gate * y.bias).astype(y.inputs.dtype)
         return (x + checkpoint_name(added, LINEAR_OUTPUT)).astype(x.dtype)
     return (x + gate * checkpoint_name(y.compute(), LINEAR_OUTPUT)).astype(x.dtype)
 
@@ -115,6 +129,30 @@ def modulated_norm(
 ) -> Float[Array, "B T D"]:
     """LN(x)·weight + shift, float32."""
     return layer_norm(x, eps, jnp.float32) * weight + shift
+
+
+def by_token(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """x, which GPUs store token by token, like its gradient.
+
+    Left to itself, XLA:GPU stores the residual stream channel by channel. Then mean, variance and result of a norm are
+    a pass each, and so are those of its gradient; here they are one pass. TPUs store arrays in tiles, which their
+    compiler chooses.
+    """
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if on_gpu() else x
+
+
+def stored(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """x, which is stored on GPUs rather than computed again by all that read it; likewise its gradient."""
+    return jax.lax.optimization_barrier(x) if on_gpu() else x
+
+
+@jax.custom_vjp
+def stored_gradient(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """x, whose gradient alone is `stored`."""
+    return x
+
+
+stored_gradient.defvjp(lambda x: (x, None), lambda _, gradient: (stored(gradient),))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -193,10 +231,26 @@ rms_norm.defvjp(_rms_forward, _rms_backward)
 
 
 @jax.custom_vjp
-def gelu(x: Float[Array, "*sizes"]) -> Float[Array, "*sizes"]:
-    """GELU in its tanh form, in x's dtype."""
-    wide = x.astype(jnp.float32)
-    return (wide * _gelu_share(wide)).astype(x.dtype)
+def gelu_product(
+    x: Float[Array, "B T I"], bias: Float[Array, "#B 1 I"], kernel: Float[Array, "I O"]
+) -> Float[Array, "B T O"]:
+    """GELU(x + bias) @ kernel, with GELU in its tanh form.
+
+    Args:
+      x: in the compute dtype.
+      bias: float32, rounded to x's dtype.
+      kernel: in the compute dtype.
+
+    Returns:
+      The product in the compute dtype. For its gradient, GELU and its derivative are computed in one pass over x.
+    """
+    wide = _biased(x, bias)
+    return matmul((wide * _gelu_share(wide)).astype(x.dtype), kernel)
+
+
+def _biased(x: Array, bias: Array) -> Array:
+    """x + bias, rounded to x's dtype, as float32."""
+    return (x + bias.astype(x.dtype)).astype(jnp.float32)
 
 
 def _gelu_share(x: Array) -> Array:
@@ -204,11 +258,19 @@ def _gelu_share(x: Array) -> Array:
     return jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
-def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
-    wide = x.astype(jnp.float32)
+def _gelu_product_backward(kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
+    x, bias, kernel = kept
+    (g,) = jax.linear_transpose(lambda y: matmul(y, kernel), x)(gradient)
+    if on_gpu():  # or XLA would compute GELU before g is there, in a pass of its own; for TPUs, within the product
+        x, g = jax.lax.optimization_barrier((x, g))
+    wide = _biased(x, bias)
     share = _gelu_share(wide)
     inner = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * jnp.square(wide))
-    return ((gradient.astype(jnp.float32) * (share + wide * share * (1 - share) * inner)).astype(x.dtype),)
+    dx = (g.astype(jnp.float32) * (share + wide * share * (1 - share) * inner)).astype(x.dtype)
+    y = (wide * share).astype(x.dtype)
+    (dkernel,) = jax.linear_transpose(lambda kernel: matmul(y, kernel), kernel)(gradient)
+    axes = (0, 1) if bias.shape[0] == 1 else (1,)
+    return dx, jnp.sum(dx.astype(jnp.float32), axes, keepdims=True), dkernel
 
 
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+gelu_product.defvjp(lambda *inputs: (gelu_product(*inputs), inputs), _gelu_product_backward)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from refalign_jax.config import AttentionTiles
 from refalign_jax.devices import GIB, chip
+from refalign_jax.sharding import ambient_device
 from refalign_jax.types import Array, Float, Int
 
 ATTENTION_OUTPUT = "attention"
@@ -17,12 +17,6 @@ ATTENTION_OUTPUT = "attention"
 
 LANES = 128
 """A TPU's vector width: tiles are multiples of it."""
-
-
-def ambient_device() -> Any:
-    """What is known of the ambient mesh's devices or, without a mesh, of the default devices: platform and kind."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.devices()[0] if mesh.empty else mesh.abstract_device
 
 
 def splash_kernel(

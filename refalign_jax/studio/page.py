@@ -9,7 +9,6 @@ import html
 import importlib.util
 import json
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -22,13 +21,12 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # it is read when Gradio is im
 
 import gradio as gr
 from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from refalign_jax.config.sample import SolverName
 from refalign_jax.data.records import Reference
 from refalign_jax.inference.outputs import read_samples
 from refalign_jax.inference.requests import Request
+from refalign_jax.studio.access import NothingFromElsewhere
 from refalign_jax.studio.jobs import Job, Shown, Studio
 
 _CSS = Path(__file__).parent / "templates" / "page.css"
@@ -99,7 +97,7 @@ def serve(studio: Studio, host: str, port: int, examples: Path) -> None:
             allowed_paths=[str(studio.folder)],
             theme=gr.themes.Base(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             css_paths=_CSS,
-            app_kwargs={"middleware": [Middleware(_NothingFromElsewhere)]},
+            app_kwargs={"middleware": [Middleware(NothingFromElsewhere)]},
         )
         shown = f"[{host}]" if ":" in host else host
         print(f"The studio is at http://{shown}:{port}/; Ctrl-C ends it. Videos go to {studio.folder}.", flush=True)
@@ -110,19 +108,6 @@ def serve(studio: Studio, host: str, port: int, examples: Path) -> None:
         finally:
             studio.close()
             page.close(verbose=False)
-
-
-class _NothingFromElsewhere:
-    """Refuses the addresses under which Gradio would fetch a file from another host."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request."""
-        refused = re.search(r"/(file|proxy)=\s*https?:", scope.get("path", ""), re.IGNORECASE)
-        app = PlainTextResponse("Only files of this page are served.", 403) if refused else self._app
-        await app(scope, receive, send)
 
 
 def build(studio: Studio, examples: Sequence[Request]) -> gr.Blocks:

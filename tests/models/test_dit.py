@@ -185,6 +185,7 @@ def test_both_ways_to_a_channels_partner_are_one(dtype):
 def test_hand_written_gradients_are_the_derived_ones():
     x, dy = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 8)) * 3 + 1
     weight = jnp.linspace(-1, 2, 24).reshape(3, 8)
+    kernel = jax.random.normal(jax.random.key(1), (24, 24))
     angle = jnp.repeat(jnp.linspace(0, 5, 5 * 4).reshape(1, 5, 1, 4), 2, axis=-1)
 
     def rms(x, weight):
@@ -198,7 +199,10 @@ def test_hand_written_gradients_are_the_derived_ones():
     pairs = (
         (rms, lambda x, w: gradients.rms_norm(x, w, (jnp.cos(angle), jnp.sin(angle)), 1e-6)),
         (norm, lambda x, w: gradients.layer_norm(x.reshape(2, 5, 24), 1e-6, x.dtype).reshape(x.shape) * w),
-        (lambda x, w: jax.nn.gelu(x * w, approximate=True), lambda x, w: gradients.gelu(x * w)),
+        (
+            lambda x, w: (jax.nn.gelu(x + w, approximate=True).reshape(2, 5, 24) @ kernel).reshape(x.shape),
+            lambda x, w: gradients.gelu_product(x.reshape(2, 5, 24), w.reshape(1, 1, 24), kernel).reshape(x.shape),
+        ),
     )
     for derived, written in pairs:
         (a, back_a), (b, back_b) = (jax.vjp(f, x, weight) for f in (derived, written))
