@@ -6,7 +6,9 @@
 
 Where a mesh splits the tokens, video and reference tokens are two arrays, called streams, that meet in self-attention
 alone. So nothing is cut out of a longer sequence, and each stream is split evenly by itself, padded where its tokens
-don't divide. Elsewhere they are one stream, so that each operation and each kernel's gradient is computed once.
+don't divide. On one device, and on GPUs whose mesh does not split the tokens, they are one stream, so that each
+operation and each kernel's gradient is computed once. Meshes of TPUs keep two: in one stream, RefAlign-1.3B's tokens
+become large enough for the compiler to cut products with split kernels into windows, each of which reads them again.
 """
 
 from __future__ import annotations

@@ -29,17 +29,18 @@ from refalign_jax.models.layers import HIDDEN_OUTPUT, LINEAR_OUTPUT, MLP, Linear
 from refalign_jax.models.quantise import dequantise, is_quantised
 from refalign_jax.models.rope import rotation, time_sinusoid
 from refalign_jax.models.splash import ATTENTION_OUTPUT
-from refalign_jax.sharding import BATCH, CONDITION, SEQUENCE, TOKENS, axis_size, constrain, unsharded
+from refalign_jax.sharding import BATCH, CONDITION, SEQUENCE, TOKENS, axis_size, constrain, is_split, on_gpu, unsharded
 from refalign_jax.types import Array, Float, Params
 
 OBSERVED = "observed"
-"""Checkpoint name of the tokens that an observer reads: few, and their block need not be computed again to its end."""
+"""Checkpoint name of the tokens that the alignment loss reads. They are few, and without them the last product of each
+aligned block would be computed again for the backward pass."""
 
 REMAT_KEEPS: dict[str, tuple[str, ...]] = {
     "dots": (OBSERVED, STATISTICS, LINEAR_OUTPUT, HIDDEN_OUTPUT, ATTENTION_OUTPUT),
     "narrow": (OBSERVED, STATISTICS, LINEAR_OUTPUT, ATTENTION_OUTPUT),
     "attention": (OBSERVED, STATISTICS, ATTENTION_OUTPUT),
-    "full": (OBSERVED,),
+    "full": (),
 }
 """The activations that each remat policy retains in a block, by their checkpoint names."""
 
@@ -244,9 +245,9 @@ def run_blocks(
 
 
 def _one_stream(inputs: Inputs) -> tuple[Inputs, Callable[[Streams], Streams]]:
-    """Joins the streams where no mesh splits the tokens; returns the inputs, and what splits the streams again."""
+    """Joins the streams where that saves work (see block.py); returns the inputs, and what splits the streams again."""
     shared = inputs.shared
-    if len(inputs.streams) == 1 or axis_size(*SEQUENCE) > 1:
+    if len(inputs.streams) == 1 or axis_size(*SEQUENCE) > 1 or (is_split() and not on_gpu()):
         return inputs, lambda streams: streams
     cos, sin = (jnp.concatenate(tables, axis=1) for tables in zip(*shared.rotations, strict=True))
     video = shared.sizes[0]

@@ -3,12 +3,13 @@
     modulated product   (x̂·w + b) W = x̂ (w·W) + b W,   x̂ = (x − mean x)/σ
     gated product       γ·(a W + c) = a (W·γ) + γ·c
     RMS norm            R(x·w/rms x), R a rotation
-    GELU                x·(1 + tanh u)/2,  u = √(2/π)·(x + 0.044715·x³)
+    GELU product        g(a + c) W,   g(x) = x·(1 + tanh u)/2,  u = √(2/π)·(x + 0.044715·x³)
 
 Where one device has a single sample, modulation and gate are multiplied into the kernels, which are smaller than the
 tokens. Their gradients are then sums over the kernels' gradients rather than over all tokens, and the gated product
 need not be computed again for the backward pass. Norms and GELU have gradients of their own, in float32 and rounded
-once; derived ones would store results in between.
+once; derived ones would store results in between. On GPUs, the tokens' layout and what is stored are fixed, so that XLA
+computes a norm, or its gradient and the sum with the residual's, in one pass.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ BLOCK, LAYERS, ROPE, DIT = (f"models/{name}.py" for name in ("block", "layers", 
 GRADIENTS = "models/gradients.py"
 ATTENTION, EULER, OPTIMIZER = "models/attention.py", "solvers/euler.py", "trainer/optimizer.py"
 NAMES = "shift1, scale1, gate1, shift2, scale2, gate2 = "
-MODULATE, GATED = "(streams, (1 + scale1, shift1), shared)", "added = matmul(y.inputs,"
+MODULATE, GATED = "(streams, (1 + scale1, shift1), shared)", "added = y.times("
 SELF_QUERY, SELF_KEY = "query_norm(_heads(_kept(*q), c), turn)", "key_norm(_heads(_kept(*k), c), turn)"
 CROSS_QUERY, CROSS_KEY = (
     'HeadsNorm(c.eps, name="query_norm")(_heads(_kept(*query), c))',
@@ -80,10 +80,10 @@ MUTATIONS = {
         "_heads(key(text) + 0 * value(text), c), c)",
         VELOCITY,
     ),
-    "cross epsilon": (BLOCK, 'name="query")(c.width),), c.eps)', 'name="query")(c.width),), 1e-3)', VELOCITY),
-    "no cross residual": (BLOCK, "(x + cross_attention(", "(0 * x + cross_attention(", VELOCITY),
-    "cross attention doubled": (BLOCK, "(x + cross_attention(", "(x + 2 * cross_attention(", VELOCITY),
-    "no cross attention": (BLOCK, "(x + cross_attention(", "(x + 0 * cross_attention(", VELOCITY),
+    "cross epsilon": (BLOCK, "(kernel,), c.eps, number)", "(kernel,), 1e-3, number)", VELOCITY),
+    "no cross residual": (BLOCK, "(video + jnp.pad(added", "(0 * video + jnp.pad(added", VELOCITY),
+    "cross attention doubled": (BLOCK, "(video + jnp.pad(added", "(video + 2 * jnp.pad(added", VELOCITY),
+    "no cross attention": (BLOCK, "(video + jnp.pad(added", "(video + 0 * jnp.pad(added", VELOCITY),
     "exact gelu": (GRADIENTS, SHARE, "0.5 * (1 + jax.lax.erf(x / math.sqrt(2)))", VELOCITY),
     "silu for gelu": (GRADIENTS, SHARE, "jax.nn.sigmoid(x)", VELOCITY),
     "head without time": (BLOCK, "(e[:, None] + modulation)", "(0 * e[:, None] + modulation)", VELOCITY),
