@@ -96,9 +96,10 @@ def repeated_flops(model: ModelConfig, shape: Shape, kernel: Kernel, alone: bool
     thin = narrow + 2 * wide
     again = {"none": 0, "dots": 0, "narrow": wide, "attention": thin, "full": thin + 2 * scores}
     total = dit.num_layers * (again[dit.remat] + _attention_again(dit, kernel) * scores)
-    aligned = model.alignment.num_blocks if model.alignment.weight > 0 else 0  # projectors need these blocks' outputs
     if alone and dit.remat in ("attention", "full"):
-        total -= (dit.num_layers - aligned) * wide
+        # projectors need the outputs of their blocks, of which "attention" retains what they need
+        observed = model.alignment.num_blocks if model.alignment.weight > 0 and dit.remat == "full" else 0
+        total -= (dit.num_layers - observed) * wide
     if model.alignment.weight > 0:
         projectors, cosines = alignment_flops(dit, model.alignment, shape)
         total += (projectors + cosines) // 2
