@@ -15,6 +15,7 @@ from support.runs import FAST_COMPILE, MODEL, recipe
 
 from refalign_jax.alignment import SubjectPatches
 from refalign_jax.config import AlignmentConfig, Config, MeshConfig, ModelConfig, OptimizerConfig, wan_1_3b, wan_14b
+from refalign_jax.models import dit, gradients
 from refalign_jax.sharding import (
     bytes_per_device,
     check_batch,
@@ -95,6 +96,17 @@ def test_every_mesh_computes_the_same(shape, references):
         ours, theirs = flatten(ours), flatten(theirs)
         for name, value in theirs.items():
             assert tiny.relative(ours[name], value) <= 1e-5 or np.abs(ours[name] - value).max() < 1e-12, name
+
+
+def test_one_stream_as_gpus_have_it_computes_the_same(monkeypatch):
+    """GPUs store tokens by token, too, which CPUs can."""
+    for module in (dit, gradients):
+        monkeypatch.setattr(module, "on_gpu", lambda: True)
+    (_, ours, _), hlo = one_step.__wrapped__(3, (2, 2, 1, 2))
+    assert re.search(r"f32\[2,90,64\]", hlo)  # of a device's samples, 45 video tokens and 45 of references
+    theirs = flatten(one_step(3, (1, 1, 1, 1))[0][1])
+    for name, value in flatten(ours).items():
+        assert tiny.relative(value, theirs[name]) <= 1e-5 or np.abs(value - theirs[name]).max() < 1e-12, name
 
 
 def test_masked_targets_on_a_mesh_and_in_parts():
