@@ -25,7 +25,6 @@ from refalign_jax.models.gradients import (
     Modulation,
     Product,
     add_gated,
-    after,
     by_token,
     modulated_norm,
     modulated_products,
@@ -111,7 +110,7 @@ class SelfAttention(nn.Module):
         attended = self_attention(tuple(queries), tuple(keys), tuple(values), shared.sizes, shared.lengths, c)
         kernel, bias = LinearParams(c.width, dtype, name="out")(c.width)
         # The weights of attention sum to 1, so what all values have in common is added behind it.
-        return tuple(after(constants[0], Product(_merge(x), kernel, bias[None, None])) for x in attended)
+        return tuple(Product(_merge(x), kernel, bias, common=constants[0]) for x in attended)
 
 
 class CrossAttention(nn.Module):
@@ -148,7 +147,7 @@ class FeedForward(nn.Module):
         (y,) = modulated_products(x, modulation, (LinearParams(c.ffn_width, dtype, name="in")(c.width),), c.eps)
         kernel, bias = LinearParams(c.width, dtype, name="out")(c.ffn_width)
         hidden, constant = y
-        return Product(_kept(hidden, name=HIDDEN_OUTPUT), kernel, bias[None, None], constant)
+        return Product(_kept(hidden, name=HIDDEN_OUTPUT), kernel, bias, inner=constant)
 
 
 class Block(nn.Module):

@@ -23,10 +23,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec
 
-from refalign_jax.models.layers import LINEAR_OUTPUT, Affine, matmul
+from refalign_jax.models.layers import LINEAR_OUTPUT, Affine, matmul, precision_of
 from refalign_jax.models.rope import Rotation, partner
-from refalign_jax.sharding import is_split, on_gpu
+from refalign_jax.sharding import BATCH, CONTEXT, DATA, FSDP, RING, TENSOR, axis_size, constrain, is_split, on_gpu
 from refalign_jax.types import Array, Float
 
 STATISTICS = "statistics"
@@ -38,27 +39,30 @@ Modulation = tuple[Float[Array, "#B 1 D"], Float[Array, "#B 1 D"]]
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """f(inputs) @ kernel + bias, not computed yet.
+    """(f(inputs) + common) @ kernel + bias, not computed yet.
 
     Attributes:
       inputs: in the compute dtype.
       kernel: in the compute dtype.
-      bias: float32, of all samples or of each.
+      bias: float32.
+      common: what is added to all tokens of a sample, or of all samples, float32; None: nothing.
       inner: f(x) is GELU(x + inner), float32; None: f(x) is x.
     """
 
     inputs: Float[Array, "B T I"]
     kernel: Float[Array, "I O"]
-    bias: Float[Array, "#B 1 O"]
+    bias: Float[Array, " O"]
+    common: Float[Array, "#B 1 I"] | None = None
     inner: Float[Array, "#B 1 I"] | None = None
 
-    def times(self, kernel: Float[Array, "I O"]) -> Float[Array, "B T O"]:
+    def times(self, kernel: Float[Array, "*B I O"]) -> Float[Array, "B T O"]:
         """Returns f(inputs) @ kernel, for any kernel, in the compute dtype."""
-        return matmul(self.inputs, kernel) if self.inner is None else gelu_product(self.inputs, self.inner, kernel)
+        return _product(self.inputs, kernel) if self.inner is None else gelu_product(self.inputs, self.inner, kernel)
 
     def compute(self) -> Float[Array, "B T O"]:
         """Returns the product in the compute dtype."""
-        return self.times(self.kernel) + self.bias.astype(self.inputs.dtype)
+        bias = self.bias if self.common is None else self.bias + _constant(self.common, self.kernel)
+        return self.times(self.kernel) + bias.astype(self.inputs.dtype)
 
 
 def modulated_products(
@@ -83,12 +87,16 @@ def modulated_products(
       common, float32.
     """
     weight, shift = modulation
-    dtype = layers[0][0].dtype
-    if not _one_weight(weight):
+    dtype, shape = layers[0][0].dtype, (x.shape[0], 1, x.shape[2])
+    if not _alone(x):
         normal = modulated_norm(x, weight, shift, eps).astype(dtype)[:, :number]
         return [(matmul(normal, kernel), bias[None, None]) for kernel, bias in layers]
-    normal = layer_norm(x, eps, dtype)[:, :number]
-    return [(matmul(normal, _scaled(kernel, weight[0].T)), _constant(shift, kernel) + bias) for kernel, bias in layers]
+    normal, products = layer_norm(x, eps, dtype)[:, :number], []
+    for kernel, bias in layers:
+        weights, shifts = jnp.broadcast_to(weight, shape).swapaxes(1, 2), jnp.broadcast_to(shift, shape)
+        scaled, constant = _weighted(kernel, weights, shifts)
+        products.append((_product(normal, scaled), constant + bias))
+    return products
 
 
 def add_gated(x: Float[Array, "B T D"], gate: Float[Array, "B 1 D"], y: Product) -> Float[Array, "B T D"]:
@@ -99,25 +107,57 @@ def add_gated(x: Float[Array, "B T D"], gate: Float[Array, "B 1 D"], y: Product)
       gate: float32.
       y: what is added.
     """
-    if _one_weight(gate):
-        added = y.times(_scaled(y.kernel, gate[0])) + (gate * y.bias).astype(y.inputs.dtype)
+    if _alone(x):
+        common = jnp.zeros((x.shape[0], 1, y.kernel.shape[0])) if y.common is None else y.common
+        scaled, constant = _weighted(y.kernel, gate, common)
+        added = y.times(scaled) + (gate * (constant + y.bias)).astype(y.inputs.dtype)
         return (x + checkpoint_name(added, LINEAR_OUTPUT)).astype(x.dtype)
     return (x + gate * checkpoint_name(y.compute(), LINEAR_OUTPUT)).astype(x.dtype)
 
 
-def after(y: Float[Array, "#B 1 I"], product: Product) -> Product:
-    """The product of inputs + y, where y is the same for all tokens."""
-    return dataclasses.replace(product, bias=product.bias + _constant(y, product.kernel))
+def _alone(x: Array) -> bool:
+    """Whether a device has a single sample, whose weights can be multiplied into kernels that it holds whole."""
+    if not is_split():
+        return len(x) == 1
+    return on_gpu() and axis_size(CONTEXT, RING, TENSOR) == 1 and len(x) == axis_size(DATA, FSDP)
 
 
-def _one_weight(weight: Array) -> bool:
-    """Whether all tokens share the weights, and no mesh splits kernels, which would be gathered in float32 then."""
-    return weight.shape[0] == 1 and not is_split()
+@jax.custom_vjp
+def _weighted(
+    kernel: Float[Array, "I O"], weight: Float[Array, "B #I #O"], shift: Float[Array, "B 1 I"]
+) -> tuple[Float[Array, "B I O"], Float[Array, "B 1 O"]]:
+    """The kernel with its input or output channels multiplied by the weights of each sample; and shift @ kernel."""
+    kernel = _gathered(kernel)
+    scaled = (kernel.astype(jnp.float32) * weight).astype(kernel.dtype)
+    return constrain(scaled, BATCH), _constant(shift, kernel)
 
 
-def _scaled(kernel: Float[Array, "I O"], weight: Float[Array, "#I #O"]) -> Float[Array, "I O"]:
-    """The kernel with its input or output channels multiplied by weights."""
-    return (kernel.astype(jnp.float32) * weight).astype(kernel.dtype)
+def _gathered(kernel: Float[Array, "I O"]) -> Float[Array, "I O"]:
+    """The kernel on every device. Without a barrier it would be gathered in float32, after what is done to it."""
+    return jax.lax.optimization_barrier(constrain(kernel, PartitionSpec())) if is_split() else kernel
+
+
+def _weighted_backward(kept: tuple[Array, ...], gradients: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    kernel, weight, shift = kept
+    dscaled, dconstant = gradients
+    wide, dscaled = _gathered(kernel).astype(jnp.float32), dscaled.astype(jnp.float32)
+    # rounded before it is summed over the devices
+    dkernel = (dscaled * weight + shift.swapaxes(1, 2) * dconstant).astype(kernel.dtype)
+    dkernel = jax.lax.reduce(dkernel, jnp.zeros((), kernel.dtype), jax.lax.add, (0,))
+    dweight = jnp.sum(dscaled * wide, 2 if weight.shape[2] == 1 else 1, keepdims=True)
+    return dkernel, dweight, jnp.sum(dconstant * wide, 2)[:, None]
+
+
+_weighted.defvjp(lambda *inputs: (_weighted(*inputs), inputs), _weighted_backward)
+
+
+def _product(x: Float[Array, "B T I"], kernel: Float[Array, "*B I O"]) -> Float[Array, "B T O"]:
+    """x @ kernel, of all samples or of each."""
+    if kernel.ndim == 2:
+        return matmul(x, kernel)
+    if len(x) == 1:
+        return matmul(x, kernel[0])
+    return jnp.einsum("bti,bio->bto", x, kernel, precision=precision_of(x.dtype))
 
 
 def _constant(y: Float[Array, "#B 1 I"], kernel: Float[Array, "I O"]) -> Float[Array, "#B 1 O"]:
@@ -246,7 +286,7 @@ def gelu_product(
       The product in the compute dtype. For its gradient, GELU and its derivative are computed in one pass over x.
     """
     wide = _biased(x, bias)
-    return matmul((wide * _gelu_share(wide)).astype(x.dtype), kernel)
+    return _product((wide * _gelu_share(wide)).astype(x.dtype), kernel)
 
 
 def _biased(x: Array, bias: Array) -> Array:
@@ -261,7 +301,7 @@ def _gelu_share(x: Array) -> Array:
 
 def _gelu_product_backward(kept: tuple[Array, Array, Array], gradient: Array) -> tuple[Array, Array, Array]:
     x, bias, kernel = kept
-    (g,) = jax.linear_transpose(lambda y: matmul(y, kernel), x)(gradient)
+    (g,) = jax.linear_transpose(lambda y: _product(y, kernel), x)(gradient)
     if on_gpu():  # or XLA would compute GELU before g is there, in a pass of its own; for TPUs, within the product
         x, g = jax.lax.optimization_barrier((x, g))
     wide = _biased(x, bias)
@@ -269,7 +309,7 @@ def _gelu_product_backward(kept: tuple[Array, Array, Array], gradient: Array) ->
     inner = 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * jnp.square(wide))
     dx = (g.astype(jnp.float32) * (share + wide * share * (1 - share) * inner)).astype(x.dtype)
     y = (wide * share).astype(x.dtype)
-    (dkernel,) = jax.linear_transpose(lambda kernel: matmul(y, kernel), kernel)(gradient)
+    (dkernel,) = jax.linear_transpose(lambda kernel: _product(y, kernel), kernel)(gradient)
     axes = (0, 1) if bias.shape[0] == 1 else (1,)
     return dx, jnp.sum(dx.astype(jnp.float32), axes, keepdims=True), dkernel
 
