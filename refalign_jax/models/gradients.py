@@ -55,7 +55,7 @@ class Product:
     common: Float[Array, "#B 1 I"] | None = None
     inner: Float[Array, "#B 1 I"] | None = None
 
-    def times(self, kernel: Float[Array, "*B I O"]) -> Float[Array, "B T O"]:
+    def times(self, kernel: Float[Array, "*each I O"]) -> Float[Array, "B T O"]:
         """Returns f(inputs) @ kernel, for any kernel, in the compute dtype."""
         return _product(self.inputs, kernel) if self.inner is None else gelu_product(self.inputs, self.inner, kernel)
 
@@ -88,7 +88,7 @@ def modulated_products(
     """
     weight, shift = modulation
     dtype, shape = layers[0][0].dtype, (x.shape[0], 1, x.shape[2])
-    if not _alone(x):
+    if not is_alone(x.shape[0]):
         normal = modulated_norm(x, weight, shift, eps).astype(dtype)[:, :number]
         return [(matmul(normal, kernel), bias[None, None]) for kernel, bias in layers]
     normal, products = layer_norm(x, eps, dtype)[:, :number], []
@@ -107,7 +107,7 @@ def add_gated(x: Float[Array, "B T D"], gate: Float[Array, "B 1 D"], y: Product)
       gate: float32.
       y: what is added.
     """
-    if _alone(x):
+    if is_alone(x.shape[0]):
         common = jnp.zeros((x.shape[0], 1, y.kernel.shape[0])) if y.common is None else y.common
         scaled, constant = _weighted(y.kernel, gate, common)
         added = y.times(scaled) + (gate * (constant + y.bias)).astype(y.inputs.dtype)
@@ -115,16 +115,20 @@ def add_gated(x: Float[Array, "B T D"], gate: Float[Array, "B 1 D"], y: Product)
     return (x + gate * checkpoint_name(y.compute(), LINEAR_OUTPUT)).astype(x.dtype)
 
 
-def _alone(x: Array) -> bool:
-    """Whether a device has a single sample, whose weights can be multiplied into kernels that it holds whole."""
+def is_alone(samples: int) -> bool:
+    """Whether a device has one sample, and modulations and gates are multiplied into kernels.
+
+    Args:
+      samples: how many there are on all devices of the ambient mesh.
+    """
     if not is_split():
-        return len(x) == 1
-    return on_gpu() and axis_size(CONTEXT, RING, TENSOR) == 1 and len(x) == axis_size(DATA, FSDP)
+        return samples == 1
+    return on_gpu() and axis_size(CONTEXT, RING, TENSOR) == 1 and samples == axis_size(DATA, FSDP)
 
 
 @jax.custom_vjp
 def _weighted(
-    kernel: Float[Array, "I O"], weight: Float[Array, "B #I #O"], shift: Float[Array, "B 1 I"]
+    kernel: Float[Array, "I O"], weight: Float[Array, "B _ _"], shift: Float[Array, "B 1 I"]
 ) -> tuple[Float[Array, "B I O"], Float[Array, "B 1 O"]]:
     """The kernel with its input or output channels multiplied by the weights of each sample; and shift @ kernel."""
     kernel = _gathered(kernel)
@@ -151,7 +155,7 @@ def _weighted_backward(kept: tuple[Array, ...], gradients: tuple[Array, Array]) 
 _weighted.defvjp(lambda *inputs: (_weighted(*inputs), inputs), _weighted_backward)
 
 
-def _product(x: Float[Array, "B T I"], kernel: Float[Array, "*B I O"]) -> Float[Array, "B T O"]:
+def _product(x: Float[Array, "B T I"], kernel: Float[Array, "*each I O"]) -> Float[Array, "B T O"]:
     """x @ kernel, of all samples or of each."""
     if kernel.ndim == 2:
         return matmul(x, kernel)
@@ -273,14 +277,14 @@ rms_norm.defvjp(_rms_forward, _rms_backward)
 
 @jax.custom_vjp
 def gelu_product(
-    x: Float[Array, "B T I"], bias: Float[Array, "#B 1 I"], kernel: Float[Array, "I O"]
+    x: Float[Array, "B T I"], bias: Float[Array, "#B 1 I"], kernel: Float[Array, "*each I O"]
 ) -> Float[Array, "B T O"]:
     """GELU(x + bias) @ kernel, with GELU in its tanh form.
 
     Args:
       x: in the compute dtype.
       bias: float32, rounded to x's dtype.
-      kernel: in the compute dtype.
+      kernel: in the compute dtype, of all samples or of each.
 
     Returns:
       The product in the compute dtype. For its gradient, GELU and its derivative are computed in one pass over x.

@@ -31,6 +31,7 @@ from refalign_jax.atomic import write_text
 from refalign_jax.config import Config, QuantisedDType
 from refalign_jax.devices import GIB, XLA_FLAGS, Chip
 from refalign_jax.initial import model_shapes
+from refalign_jax.models.gradients import is_alone
 from refalign_jax.models.quantise import quantise_shapes
 from refalign_jax.perf import hlo, traffic
 from refalign_jax.perf.progress import progress
@@ -196,7 +197,9 @@ def describe(config: Config, mesh: Mesh, known: Chip, topology: str, step: Step)
     shape = flops.Shape(grid=config.synthetic.latent_grid, references=data.max_references, text_length=data.text_length)
     if step == "train":
         kernel: flops.Kernel = "cudnn" if is_gpu(mesh) else "splash"
-        model, alone = flops.train_flops(config.model, shape), mesh.size == data.batch_size == 1
+        with jax.set_mesh(mesh):
+            alone = is_alone(data.batch_size // config.optimizer.accumulation)
+        model = flops.train_flops(config.model, shape)
         again = flops.repeated_flops(config.model, shape, kernel, alone)
         attention = flops.attention_flops(config.model, shape, kernel)
     else:

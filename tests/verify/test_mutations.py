@@ -109,7 +109,7 @@ MUTATIONS = {
         "jnp.var(x, axis=-1, keepdims=True, ddof=1) + eps",
         VELOCITY,
     ),
-    "no bias of the values": (BLOCK, "after(constants[0],", "after(0 * constants[0],", VELOCITY),
+    "no bias of the values": (BLOCK, "common=constants[0]", "common=0 * constants[0]", VELOCITY),
     "no bias": (LAYERS, "(self.features,)).astype(self.dtype)", "(self.features,)).astype(self.dtype) * 0", VELOCITY),
     # attention, positions, time
     "unscaled scores": (ATTENTION, "implementation=fused)", "implementation=fused, scale=1.0)", VELOCITY),
