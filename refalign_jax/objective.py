@@ -26,7 +26,8 @@ class Batch(NamedTuple):
       video_latents: [B, F, H, W, C].
       text: [B, S, text_width], padding rows zero.
       reference_latents: [B, R, H, W, C]; R may be 0.
-      num_references: [B], how many of the R references are real; the others are padding behind them.
+      num_references: [B], how many of the R references are real; the others are padding behind them. None: all are
+        real, and attention is compiled without lengths.
       subject_ids: [B, R], which subject a reference shows.
       vfm_features: [B, R, P, E], the VFM's features of the references, which they are aligned with.
       aligned: [B], False where the references were dropped, so that the sample has no alignment loss.
@@ -36,11 +37,17 @@ class Batch(NamedTuple):
     video_latents: Array
     text: Array
     reference_latents: Array
-    num_references: Array
+    num_references: Array | None
     subject_ids: Array
     vfm_features: Array
     aligned: Array
     patches: alignment.SubjectPatches | None = None
+
+    @property
+    def counts(self) -> Int[Array, " B"]:
+        """How many references of each sample are real."""
+        samples, count = self.reference_latents.shape[:2]
+        return jnp.full(samples, count) if self.num_references is None else self.num_references
 
     @property
     def condition(self) -> Condition:
@@ -150,7 +157,7 @@ def join_terms(
 def batch_targets(batch: Batch, config: ModelConfig) -> alignment.Targets:
     """The targets of a batch's reference tokens; errors as in `alignment.make_targets`."""
     grid = transformer.token_grid(config.dit, batch.reference_latents.shape)[1:]
-    features, ids, counts = batch.vfm_features, batch.subject_ids, batch.num_references
+    features, ids, counts = batch.vfm_features, batch.subject_ids, batch.counts
     return alignment.make_targets(features, ids, counts, grid, config.alignment, batch.patches)
 
 

@@ -31,6 +31,23 @@ def test_forward_mode_agrees_with_reverse_mode(monkeypatch):
     assert abs(float(forward - reverse)) <= 1e-4 * abs(float(reverse))
 
 
+def test_a_batch_without_padding_may_leave_out_the_number_of_references():
+    params, batch = tiny.params(), tiny.batch([3, 3])
+    noise = jax.random.normal(jax.random.key(7), batch.video_latents.shape)
+
+    @jax.jit
+    def value_and_gradient(batch):
+        loss = lambda params: objective(params, batch, noise, jnp.array([40, 700]), jnp.int32(0), tiny.MODEL)[0]  # noqa: E731
+        return jax.value_and_grad(loss)(params)
+
+    counted, left_out = (value_and_gradient(b) for b in (batch, batch._replace(num_references=None)))
+    for ours, theirs in zip(*map(jax.tree.leaves, (left_out, counted)), strict=True):
+        assert tiny.relative(ours, theirs) <= 1e-6
+    assert batch._replace(num_references=None).counts.tolist() == [3, 3]
+    fewer = value_and_gradient(batch._replace(num_references=jnp.array([3, 2])))
+    assert abs(float(fewer[0] - counted[0])) > 1e-4
+
+
 def test_no_aligned_block_is_computed_after_the_stop():
     """After the step, projectors of NaN change neither the loss nor a gradient: what is not computed can't spread."""
     config = dataclasses.replace(tiny.MODEL, alignment=dataclasses.replace(tiny.MODEL.alignment, stop_step=10))

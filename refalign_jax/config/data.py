@@ -37,6 +37,8 @@ class SyntheticConfig:
     """Number of examples; 0 reads the dataset `data.path`."""
     latent_grid: tuple[int, int, int] = (21, 60, 104)
     """Frames, rows and columns of the video latents."""
+    padded_references: bool = True
+    """Compile for padded references too, as for a dataset whose examples differ in their number of references."""
 
     def __post_init__(self) -> None:
         check_values(self)

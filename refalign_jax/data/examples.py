@@ -79,6 +79,8 @@ class Spec:
     """Number of tokens of the longest prompt."""
     most_references: int
     """Number of references of the example that has most."""
+    fewest_references: int = 0
+    """Number of references of the example that has fewest; 0 where it is not known."""
     storage: Storage = dataclasses.field(default_factory=Storage)
     """The dtype of each field."""
     subject_mask: bool = False
@@ -88,6 +90,10 @@ class Spec:
     def vfm_tokens(self) -> int:
         """P, the number of tokens of one reference: H/2·W/2."""
         return self.video_latents[1] // 2 * (self.video_latents[2] // 2)
+
+    def pads(self, max_references: int) -> bool:
+        """Whether an example may have fewer references than a batch with `max_references` of each has room for."""
+        return self.fewest_references < max_references
 
 
 def check_shapes(arrays: Mapping[str, np.ndarray], id: str) -> None:

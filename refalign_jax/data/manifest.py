@@ -115,6 +115,7 @@ class Manifest:
             vfm_width=self.vfm_width,
             longest_text=max((n for shard in self.shards for n in shard.text_lengths), default=0),
             most_references=max((n for shard in self.shards for n in shard.references), default=0),
+            fewest_references=min((n for shard in self.shards for n in shard.references), default=0),
             storage=self.storage,
             subject_mask=self.subject_mask,
         )

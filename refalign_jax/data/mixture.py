@@ -64,6 +64,7 @@ class Mixture:
             vfm_width=specs[0].vfm_width,
             longest_text=max(spec.longest_text for spec in specs),
             most_references=max(spec.most_references for spec in specs),
+            fewest_references=min(spec.fewest_references for spec in specs),
             storage=specs[0].storage,
             subject_mask=all(spec.subject_mask for spec in specs),
         )

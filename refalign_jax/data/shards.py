@@ -88,6 +88,8 @@ class ShardSource:
                 raise ValueError("it has no subject mask, the manifest says that it has")
             if about["id"] != ids[place]:
                 raise ValueError(f"its id is {about['id']!r:.60}, the manifest has {ids[place]!r:.60} there")
+            if (count := len(arrays["subject_ids"])) != shard.references[place]:
+                raise ValueError(f"it has {count} references, the manifest says {shard.references[place]}")
         except (RuntimeError, ValueError, OSError) as error:
             raise CorruptRecordError(
                 f"{self.folder / name}, record {place} (example {index}) can't be read: {first_line(error)}."

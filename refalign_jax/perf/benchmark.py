@@ -93,7 +93,7 @@ def _train_runner(config: Config, mesh: Mesh) -> Runner:
 
             def step() -> Any:
                 nonlocal state
-                state, metrics = program(state, as_batch(next(rows), mesh, config.model.alignment), empty_text)
+                state, metrics = program(state, as_batch(next(rows), config, source.spec, mesh), empty_text)
                 return metrics
 
             yield step

@@ -8,6 +8,7 @@ Together 33 GB, and what the remat policy retains in addition: 6.9 GB for `atten
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def check(
       config: what is trained and sampled.
       golden: folders of another framework's values.
       plan: how often to measure.
-      policies: remat policies, tried in turn; those that need too much memory are reported as such.
+      policies: remat policies, tried in turn, each with attention compiled with and without lengths; those that need
+        too much memory are reported as such.
       kernels: two kernels of attention to compare in bfloat16; the second is the reference.
 
     Returns:
@@ -61,10 +63,12 @@ def check(
     """
     verdicts = [*_numbers(golden), compare_kernels(kernels)]
     trained: dict[str, Any] = {}
-    for policy in policies:
+    for policy, padded in itertools.product(policies, (True, False)):
         dit = dataclasses.replace(config.model.dit, remat=policy)
-        setting = dataclasses.replace(config, model=dataclasses.replace(config.model, dit=dit))
-        trained[policy] = _measured(setting, "train", plan)
+        model = dataclasses.replace(config.model, dit=dit)
+        synthetic = dataclasses.replace(config.synthetic, padded_references=padded)
+        name = policy if padded else f"{policy}, no padded references"
+        trained[name] = _measured(dataclasses.replace(config, model=model, synthetic=synthetic), "train", plan)
     ran = {policy: result for policy, result in trained.items() if "seconds" in result}
     verdicts += [_cudnn(name, result["kernels"]) for name, result in ran.items()]
     best = max(ran, key=lambda name: ran[name]["tflops_per_device"], default=None)
@@ -75,13 +79,13 @@ def check(
     return {"train": trained, "sample": sampled, "verdicts": [dataclasses.asdict(v) for v in verdicts]}, verdicts
 
 
-def _cudnn(policy: str, kernels: Mapping[str, int]) -> Verdict:
+def _cudnn(setting: str, kernels: Mapping[str, int]) -> Verdict:
     """Checks that both passes of a training step call cuDNN's attention."""
     calls = {call: count for call, count in kernels.items() if call.startswith(CUDNN)}
     backward = any("Backward" in call for call in calls)
     passed = backward and any("Backward" not in call for call in calls)
     found = ", ".join(f"{count} {call}" for call, count in calls.items()) or "no such call"
-    return Verdict(bar=f"cuDNN forward and backward, remat {policy}", found=found, passed=passed)
+    return Verdict(bar=f"cuDNN forward and backward, remat {setting}", found=found, passed=passed)
 
 
 def _measured(config: Config, mode: Mode, plan: Plan) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def inputs(batch: Batch, noise: jax.Array, index: jax.Array, model: ModelConfig)
         rows, columns = dit.token_grid(model.dit, batch.reference_latents.shape)[1:]
         arrays |= {
             "reference_latents": _channels_second(batch.reference_latents),
-            "num_references": batch.num_references,
+            "num_references": batch.counts,
             "subject_ids": batch.subject_ids,
             "aligned": batch.aligned,
         }

@@ -43,7 +43,7 @@ def held_out_terms(
     index = ((place + 0.5) * (config.model.flow.num_train_steps / config.data.held_out)).astype(jnp.int32)
     _, terms = objective(params, batch, noise, index, jnp.int32(0), config.model)
     counts = place >= 0
-    aligned = counts & (batch.num_references > 0)
+    aligned = counts & (batch.counts > 0)
     summed = (("loss", counts), ("flow", counts), ("pull", aligned), ("push", aligned))
     member = jax.nn.one_hot(dataset, len(config.data.parts))
 
@@ -69,7 +69,7 @@ def held_out_batches(
             position = start + jax.process_index() * count + np.arange(count)
             place = np.where(position < data.held_out, rows["place"], -1).astype(np.int32)
             yield (
-                as_batch(rows, mesh, config.model.alignment),
+                as_batch(rows, config, source.spec, mesh),
                 to_devices(place, mesh),
                 to_devices(rows["dataset"], mesh),
             )

@@ -98,7 +98,7 @@ def train_steps(state: TrainState, run: Run, log: Log, stop: threading.Event, gu
     with contextlib.closing(profiler):
         for done in range(int(state.step) + 1, config.train.steps + 1):
             rows = next_rows(state, run, log)
-            batch = as_batch(rows, mesh, config.model.alignment)
+            batch = as_batch(rows, config, source.spec, mesh)
             if done in config.train.verify_dump:
                 write_dump(state, batch, run, done)
             profiler.step(state.step)

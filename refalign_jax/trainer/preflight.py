@@ -72,6 +72,7 @@ def synthetic_spec(config: Config) -> Spec:
         vfm_width=config.model.alignment.vfm_width,
         longest_text=config.data.text_length,
         most_references=config.data.max_references,
+        fewest_references=0 if config.synthetic.padded_references else config.data.max_references,
         subject_mask=True,
     )
 

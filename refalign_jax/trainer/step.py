@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from refalign_jax.alignment import SubjectPatches
-from refalign_jax.config import FIELDS, AlignmentConfig, Config, DropoutConfig
+from refalign_jax.config import FIELDS, Config, DropoutConfig
 from refalign_jax.data.examples import Spec
 from refalign_jax.objective import Batch, Terms, objective
 from refalign_jax.sharding import BATCH, replicated, to_devices
@@ -130,17 +130,26 @@ def mean_gradient(
 
 def mean_terms(terms: Terms, batch: Batch) -> dict[str, Array]:
     """Batch means of the loss's terms by name; pull, push and alignment over the aligned samples with references."""
-    aligned = batch.aligned & (batch.num_references > 0)
+    aligned = batch.aligned & (batch.counts > 0)
     means = {name: jnp.mean(value) for name, value in terms._asdict().items()}
     for name in ("pull", "push", "alignment"):
         means[name] = jnp.sum(getattr(terms, name) * aligned) / jnp.maximum(jnp.sum(aligned), 1)
     return means
 
 
-def as_batch(rows: Mapping[str, np.ndarray], mesh: Mesh, config: AlignmentConfig) -> Batch:
-    """The global batch on the devices, from the rows that each process's loader gave; every sample is aligned."""
+def as_batch(rows: Mapping[str, np.ndarray], config: Config, spec: Spec, mesh: Mesh) -> Batch:
+    """The global batch on the devices, from the rows that each process's loader gave; every sample is aligned.
+
+    Args:
+      rows: of this process.
+      config: of the run.
+      spec: of the dataset. `Batch.num_references` is None if no batch has a padded reference.
+      mesh: the devices.
+    """
     arrays: dict[str, Any] = {**rows, "aligned": np.ones(len(rows["num_references"]), bool), "patches": None}
-    if config.needs_subject_mask:
+    if not spec.pads(config.data.max_references):
+        arrays["num_references"] = None
+    if config.model.alignment.needs_subject_mask:
         mask: Any = rows["subject_mask"]
         mean: Any = rows.get("target_mean")
         arrays["patches"] = SubjectPatches(mask, mean)
@@ -178,10 +187,13 @@ def batch_shapes(config: Config, spec: Spec, mesh: Mesh) -> Batch:
         shape = (data.batch_size, *shapes[name])
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtypes[name]), sharding=sharding)
 
-    alignment, patches = config.model.alignment, None
-    if alignment.needs_subject_mask:
-        patches = SubjectPatches(of("mask"), of("mean") if alignment.center_targets == "dataset" else None)
-    return Batch(**{name: of(name) for name in Batch._fields if name != "patches"}, patches=patches)
+    arrays: dict[str, Any] = {name: of(name) for name in Batch._fields if name != "patches"}
+    if not spec.pads(R):
+        arrays["num_references"] = None
+    if config.model.alignment.needs_subject_mask:
+        dataset_mean = config.model.alignment.center_targets == "dataset"
+        arrays["patches"] = SubjectPatches(of("mask"), of("mean") if dataset_mean else None)
+    return Batch(**arrays)
 
 
 def lower_step(state: TrainState, batch: Batch, empty_text: Any, config: Config, mesh: Mesh) -> jax.stages.Lowered:

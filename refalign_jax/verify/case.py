@@ -108,18 +108,12 @@ class Case:
             video_latents=latents,
             text=text,
             reference_latents=references,
-            num_references=jnp.asarray(given.get("num_references", np.full(B, R)), jnp.int32),
+            num_references=jnp.asarray(given["num_references"], jnp.int32) if "num_references" in given else None,
             subject_ids=jnp.asarray(given.get("subject_ids", np.tile(np.arange(R), (B, 1))), jnp.int32),
             vfm_features=targets,
             aligned=jnp.asarray(given["aligned"], bool) if "aligned" in given else all_aligned(B),
             patches=patches,
         )
-
-    @property
-    def condition(self) -> Condition:
-        """What conditions the batch; where all references are real, their number is left out."""
-        condition = self.batch.condition
-        return condition if "num_references" in self.values.arrays else condition._replace(num_references=None)
 
     def references(self) -> jax.Array | None:
         """The reference latents, [B, R, H, W, C]; None for plain text-to-video.

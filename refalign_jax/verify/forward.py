@@ -80,7 +80,7 @@ def check_step(case: Case, label: str) -> None:
 
     def operations() -> None:
         noisy, _ = flow.corrupt(case.batch.video_latents, case.noise, case.times(label)[0])
-        check_operations(case, f"step{label}", (noisy, case.times(label)[1], case.condition), agrees)
+        check_operations(case, f"step{label}", (noisy, case.times(label)[1], case.batch.condition), agrees)
 
     attempt(case.report, [f"step{label}_{name}" for name in (*streamed.OPERATIONS, "blocks")], operations)
 
@@ -123,7 +123,7 @@ def check_features(case: Case, label: str, part: str) -> None:
     def compute(draw: int) -> dict[str, Any]:
         sigma, t, _ = case.moved_times(label, draw)
         noisy, _ = flow.corrupt(case.batch.video_latents, case.noise, sigma)
-        noisy, condition = case.moved((noisy, case.condition), draw)
+        noisy, condition = case.moved((noisy, case.batch.condition), draw)
         inputs = noisy, t, condition
         if case.streamed:
             walk, count = streamed.Walk(case, inputs, draw), len(theirs)

@@ -50,10 +50,7 @@ def loss_terms(case: Case, batch: Batch, noise: Array, times: Times, draw: int =
     """Terms of each sample's loss, and the velocity, as `objective.terms_at` computes them."""
     config = case.config
     noisy, target = flow.corrupt(batch.video_latents, noise, times[0])
-    condition = case.condition._replace(text=batch.text)
-    if condition.reference_latents is not None:
-        condition = condition._replace(reference_latents=batch.reference_latents)
-    walk = Walk(case, (noisy, times[1], condition), draw)
+    walk = Walk(case, (noisy, times[1], batch.condition), draw)
     pulls, pushes = [jnp.zeros_like(times[1])], [jnp.zeros_like(times[1])]
     if config.alignment.weight:
         targets, pulls, pushes = batch_targets(batch, config), [], []

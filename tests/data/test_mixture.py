@@ -60,6 +60,12 @@ def test_every_batch_has_the_shares_and_every_epoch_each_example_once():
     assert take(make_loader(config(shuffle_seed=4), mixed), 12) != rows
 
 
+def test_a_mixture_pads_where_one_of_its_datasets_does():
+    full, fewer = (dataclasses.replace(SPEC, fewest_references=n) for n in (2, 1))
+    mixtures = [Mixture([SyntheticSource(full), SyntheticSource(other)]) for other in (full, fewer)]
+    assert [mixture.spec.pads(2) for mixture in mixtures] == [False, True]
+
+
 def test_datasets_of_one_size_are_not_shuffled_alike():
     rows = flat(take(make_loader(config(mix=(("a", 1.0), ("b", 1.0))), source(23, 23)), 4))
     first, second = [i for i in rows if i < 23], [i - 23 for i in rows if i >= 23]

@@ -83,6 +83,9 @@ def test_manifest_says_what_is_there(tmp_path):
     assert manifest.spec.video_latents == (2, 4, 6, 3)
     assert (manifest.spec.text_width, manifest.spec.vfm_width, manifest.spec.vfm_tokens) == (8, 7, 6)
     assert (manifest.spec.longest_text, manifest.spec.most_references) == (12, 3)
+    fewest = manifest.spec.fewest_references
+    assert fewest == min(n for shard in manifest.shards for n in shard.references)
+    assert [manifest.spec.pads(n) for n in (fewest, fewest + 1)] == [False, True]
     assert manifest.storage == Storage(vfm_features="int8")
     assert 0.999 < manifest.vfm_cosine < 1
     assert manifest.made == MADE
@@ -255,6 +258,16 @@ def test_a_record_under_another_id_is_corrupt(tmp_path):
     source = ShardSource(folder)
     source._records = [encode(make(1), FLOAT32), encode(make(0), FLOAT32)]
     with pytest.raises(CorruptRecordError, match="its id is 'e1', the manifest has 'e0' there"):
+        source[0]
+
+
+def test_a_record_with_another_number_of_references_is_corrupt(tmp_path):
+    """The trainer compiles for no padding if the manifest says that every example has all references."""
+    folder = write(tmp_path / "d", 1)
+    source = ShardSource(folder)
+    (expected,) = source.manifest.shards[0].references
+    source._records = [encode(make(0, references=expected + 1), FLOAT32)]
+    with pytest.raises(CorruptRecordError, match=f"it has {expected + 1} references, the manifest says {expected}"):
         source[0]
 
 

@@ -33,7 +33,7 @@ def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ahead")
     done = run("--topology", "h100:4", *SIXTEEN_BIT, "--json", str(folder / "report.json"), "--dump", str(folder))
     assert done.returncode == 0, done.stderr
-    return json.loads((folder / "report.json").read_text()), (folder / "optimized.hlo.txt").read_text(), done.stdout
+    return json.loads((folder / "report.json").read_text()), dumped(folder), done.stdout
 
 
 def test_a_training_step_for_gpus_that_are_not_there(compiled):
@@ -46,6 +46,18 @@ def test_a_training_step_for_gpus_that_are_not_there(compiled):
     assert "cuDNN is not asked" in printed
     kernels = hlo.kernels(hlo.parse(text))
     assert any(name.startswith("__cudnn$fmha") and "Backward" in name for name in kernels), kernels
+
+
+def test_attention_has_no_lengths_where_no_reference_is_padded(compiled, tmp_path):
+    arguments = ("--synthetic.no-padded-references", "--dump", str(tmp_path))
+    done = run("--topology", "h100:4", *SIXTEEN_BIT, *arguments)
+    assert done.returncode == 0, done.stderr
+    masks = [set(re.findall(r'"mask_type": ?"(\w+)"', text)) for text in (compiled[1], dumped(tmp_path))]
+    assert masks == [{"NO_MASK", "PADDING"}, {"NO_MASK"}], "attention to the text has none in either"
+
+
+def dumped(folder) -> str:
+    return (folder / "optimized.hlo.txt").read_text()
 
 
 def test_memory_is_compared_with_the_share_that_jax_takes():

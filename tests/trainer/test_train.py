@@ -86,9 +86,10 @@ def golden_run(golden, tmp_path_factory):
         data=DataConfig(path=str(data), batch_size=1, text_length=len(values["text"][0])),
         optimizer=OptimizerConfig(clip=0, ema_decay=EMA),
     )
-    loader = make_loader(config.data, ShardSource(data))
+    source = ShardSource(data)
+    loader = make_loader(config.data, source)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    batch = as_batch(next(loader), mesh, config.model.alignment)
+    batch = as_batch(next(loader), config, source.spec, mesh)
     loader.close()
     table = model_table(config.model.dit, config.model.alignment)
     params = to_ours(table, model_shapes(config.model), open_weights(folder / "weights.safetensors"))
@@ -334,17 +335,21 @@ def test_a_run_with_masked_and_centred_targets_goes_on_where_it_stopped(tmp_path
 
 def test_batches_have_the_shapes_that_the_step_is_compiled_for(tmp_path):
     config, mesh = recipe(tmp_path), make_mesh(recipe(tmp_path).mesh)
-    for dtype, options in (
-        ("stored", {}),
-        ("float32", {"subject_patches_only": True}),
-        ("stored", {"center_targets": "dataset"}),
+    for dtype, options, padded in (
+        ("stored", {}, True),
+        ("stored", {}, False),
+        ("float32", {"subject_patches_only": True}, True),
+        ("stored", {"center_targets": "dataset"}, False),
     ):
         model = dataclasses.replace(MODEL, alignment=dataclasses.replace(MODEL.alignment, **options))
-        config = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, dtype=dtype))
+        synthetic = dataclasses.replace(config.synthetic, padded_references=padded)
+        data = dataclasses.replace(config.data, dtype=dtype)
+        config = dataclasses.replace(config, model=model, data=data, synthetic=synthetic)
         source = open_source(config)
         with contextlib.closing(open_loader(config, source, "train")) as loader:
-            batch = as_batch(next(loader), mesh, config.model.alignment)
+            batch = as_batch(next(loader), config, source.spec, mesh)
         shapes = batch_shapes(config, source.spec, mesh)
+        assert (batch.num_references is not None) == padded
         assert jax.tree.structure(batch) == jax.tree.structure(shapes)
         for array, shape in zip(*map(jax.tree.leaves, (batch, shapes)), strict=True):
             assert (array.shape, array.dtype, array.sharding) == (shape.shape, shape.dtype, shape.sharding), shape
