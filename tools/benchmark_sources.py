@@ -25,6 +25,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -172,12 +173,15 @@ def memory(*, gigabytes: float = 2.0, forms: tuple[str, ...] = FORMS, folder: st
         )
 
 
-def decode(videos: Positional[tuple[Path, ...]], /, *, rounds: int = 5, height: int = 480, width: int = 832) -> None:
+def decode(
+    videos: Positional[tuple[Path, ...]], /, *, rounds: int = 5, readers: int = 1, height: int = 480, width: int = 832
+) -> None:
     """Reads clips and references in turns with PyAV alone and others.
 
     Args:
       videos: files that hold at least 81 frames.
       rounds: rounds of all, in turn.
+      readers: threads that each read all videos at the same time; preparation has several (`--workers`).
       height: rows of the clip.
       width: columns of the clip.
     """
@@ -217,7 +221,8 @@ def decode(videos: Positional[tuple[Path, ...]], /, *, rounds: int = 5, height: 
     for turn in range(rounds + 1):
         for name, call in ways.items():
             begun = time.perf_counter(), time.process_time()
-            call()
+            with ThreadPoolExecutor(readers) as pool:
+                list(pool.map(lambda _, call=call: call(), range(readers)))
             if turn:  # the first one warms the page cache
                 seconds[name].append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
     print(f"{'':22s} {'seconds':>8s} {'CPU':>7s}   speed of clips and references over this, by time and by CPU time")
