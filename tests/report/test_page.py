@@ -1,5 +1,6 @@
 """The page as a whole: what is there, what is left out, and that a browser shows it."""
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -135,10 +136,14 @@ SCROLLING = """[...document.querySelectorAll(".scroll")].filter(e => !e.closest(
   && e.scrollWidth > e.clientWidth + 1).map(e => e.outerHTML.slice(0, 80))"""
 
 
+DARK_CHARTS = """[...document.querySelectorAll("picture")].map(
+  p => p.querySelector("img").currentSrc == p.querySelector("source").srcset)"""
+
+
 @pytest.mark.skipif(chromium.BROWSER is None, reason="no Chromium on this machine")
 def test_a_browser_shows_it_on_a_desktop_and_a_phone(report):
     with chromium.page() as tab:
-        for width, dark in ((1280, False), (390, True), (390, False)):
+        for width, dark in itertools.product((1280, 390), (False, True)):
             tab.show(report, width, dark=dark)
             charts = tab.evaluate("[...document.images].map(i => i.naturalWidth)")
             assert len(charts) > 20
@@ -152,6 +157,7 @@ def test_a_browser_shows_it_on_a_desktop_and_a_phone(report):
             assert tab.evaluate(SCROLLING) == []
             background = tab.evaluate("getComputedStyle(document.body).backgroundColor")
             assert background == ("rgb(21, 24, 28)" if dark else "rgb(255, 255, 255)")
+            assert set(tab.evaluate(DARK_CHARTS)) == {dark}
         tab.wait_for("[...document.querySelectorAll('video')].every(v => v.currentTime > 0 && v.muted && v.loop)")
         assert not tab.evaluate("[...document.querySelectorAll('video')].some(v => v.controls || v.paused)")
         tab.evaluate("document.querySelector('button.play').click()")

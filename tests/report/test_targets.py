@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from support.reported import recipe
+from support.reported import recipe, write_dataset
 
 from refalign_jax.data.shards import ShardSource
 from refalign_jax.data.targets import remaining_pushes
@@ -23,6 +23,15 @@ def test_the_number_is_that_of_the_dataset(dataset, tmp_path):
     html = targets_section(run_of(config)).html
     assert f"the push L₋ {found.all_patches['as published']:.3f}:" in html
     assert "Means of 4 examples" in html
+    assert f"<td>{found.subject_patches['center_targets=dataset']:.3g}</td>" in html
+    assert "no subject masks" not in html
+
+
+def test_a_dataset_without_masks_has_the_published_number_alone(tmp_path):
+    config = recipe(tmp_path, str(write_dataset(tmp_path / "dataset", masks=False)))
+    html = targets_section(run_of(config)).html
+    assert "as published" in html
+    assert "center_targets=dataset" not in html
     assert "no subject masks" in html
 
 

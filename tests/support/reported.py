@@ -27,14 +27,15 @@ WHITE = 2.5
 """Value of the latents of the reference's left third."""
 
 
-def write_dataset(folder: Path, names: bool = True) -> Path:
-    """Eight examples with one or two references, each the picture of its subject or one with a little noise."""
+def write_dataset(folder: Path, names: bool = True, masks: bool = True) -> Path:
+    """Eight examples with one or two references, each the picture of its subject, white on the left."""
     rng = np.random.default_rng(0)
     F, H, W = tiny.GRID
     C, E = tiny.DIT.latent_channels, tiny.MODEL.alignment.vfm_width
     pictures = rng.standard_normal((len(SUBJECTS), H, W, C)).astype(np.float32)
     pictures[:, :, :2] = WHITE
     targets = rng.standard_normal((len(SUBJECTS), H * W // 4, E)).astype(np.float32)
+    mask = np.arange(H * W // 4) % (W // 2) > 0  # the white third has no subject
     storage = Storage(video_latents="float32", reference_latents="float32", text="float32", vfm_features="float32")
     with ShardWriter(folder, storage=storage, made={}) as writer:
         for i in range(EXAMPLES):
@@ -48,6 +49,7 @@ def write_dataset(folder: Path, names: bool = True) -> Path:
                     subject_ids=np.arange(len(shown), dtype=np.int32),
                     text=rng.standard_normal((4, tiny.DIT.text_width)).astype(np.float32),
                     vfm_features=targets[shown],
+                    subject_mask=np.tile(mask, (len(shown), 1)) if masks else None,
                     metadata={"subjects": [SUBJECTS[s] for s in shown]} if names else {},
                 )
             )
