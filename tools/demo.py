@@ -2,6 +2,7 @@
 
     python tools/demo.py                  one run, as `make demo` does
     python tools/demo.py --compare        with and without alignment, five seeds, as `make demo-compare` does
+    python tools/demo.py --unseen 3       held-out clips show three subjects that training does not
     python tools/demo.py --photo me.jpg   the trained model with your own photograph as its reference
 
 Stopped at any moment and started again, it continues.
@@ -41,7 +42,7 @@ def demo(
     if photo is not None:
         from refalign_jax.demo.photo import sample_photograph
 
-        picture, sentence = sample_photograph(photo, config.folder / "seed-0")
+        picture, sentence = sample_photograph(photo, config.place / "seed-0")
         print(f"{sentence}\nThe picture is {picture.resolve()}; references left, three sampled frames right.")
         return 0
     from refalign_jax.demo import stages

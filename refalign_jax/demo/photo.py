@@ -108,7 +108,7 @@ def sample_photograph(photograph: Path, run: Path) -> tuple[Path, str]:
     write_png(folder / "picture.png", picture)
     counts = ", ".join(f"{name} ({count} of {len(found)})" for name, count in Counter(found).most_common())
     return folder / "picture.png", (
-        f"Of the {len(SUBJECTS)} subjects that the model was trained on, the samples resemble most: {counts}."
+        f"Of the {len(SUBJECTS)} subjects of the demo, the samples resemble most: {counts}."
     )
 
 

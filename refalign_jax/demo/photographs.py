@@ -141,6 +141,10 @@ SUBJECTS: Mapping[str, Subject] = {
 }
 """Twelve subjects as photographed, then four of them in another colour."""
 
+UNSEEN = ("pagoda", "officer", "coin with two figures")
+"""The subjects that an open set leaves out of training, in this order: one like no other, one that is a person as two
+others are, one that looks much like another."""
+
 BACKGROUNDS: Mapping[str, tuple[str, Box]] = {
     "dusk": ("rocket", (240, 0, 420, 180)),
     "lake": ("china", (400, 30, 640, 270)),

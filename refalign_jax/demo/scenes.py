@@ -169,13 +169,19 @@ def _draw_view(rng: np.random.Generator) -> View:
     return View(True, turn, scale, light)
 
 
-def write_clips(folder: Path, scenes: Sequence[Scene]) -> list[Record]:
-    """Writes the clips and references that do not exist yet, and returns the records of all scenes."""
+def write_clips(folder: Path, scenes: Sequence[Scene], prefix: str = "") -> list[Record]:
+    """Writes the clips and references that do not exist yet, and returns the records of all scenes.
+
+    Args:
+      folder: gets `clips` and `references`.
+      scenes: what the clips show; the same number shows the same scene whenever the folder is written to.
+      prefix: what the ids begin with, before the number.
+    """
     for name in ("clips", "references"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     records = []
     for number, scene in enumerate(tqdm(scenes, unit="clip", desc="clips")):
-        path = folder / "clips" / f"{number:05d}.mp4"
+        path = folder / "clips" / f"{prefix}{number:05d}.mp4"
         if not path.exists():
             write_video(path, frames(scene), FPS, QUALITY)
         references = []

@@ -8,6 +8,7 @@ Each stage skips what it finds done, so the demo continues wherever it was stopp
     FOLDER/seed-1, seed-0-unaligned,      the other runs of the comparison
     seed-0-options, …
     FOLDER/comparison.html                the report of the comparison
+    FOLDER/unseen-3                       all of that, with 3 subjects that only held-out clips show
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from refalign_jax.config import Config, DemoConfig, GenerateConfig, PrepareConfi
 from refalign_jax.convert.checkpoint import find_checkpoint
 from refalign_jax.data.examples import fill
 from refalign_jax.data.prepare import prepare
-from refalign_jax.data.records import Reference
+from refalign_jax.data.records import Record, Reference
 from refalign_jax.data.shards import ShardSource
 from refalign_jax.data.video import write_latents
+from refalign_jax.demo.photographs import SUBJECTS, UNSEEN
 from refalign_jax.demo.scenes import CELL, FPS, GRID, NUM_FRAMES, draw_scenes, read_scene, reference_path, write_clips
 from refalign_jax.demo.score import Judged, evaluation, judge_files
 from refalign_jax.encoders.open import reopen_video_codec
@@ -60,7 +62,7 @@ def demo(demo: DemoConfig, recipe: Config) -> Path:
       OSError: a file can't be written.
     """
     run = whole_run(demo, recipe, seed=0)
-    report = demo.folder / "report.html"
+    report = demo.place / "report.html"
     _write_report(run, report)
     return report
 
@@ -75,7 +77,7 @@ def compare(demo: DemoConfig, recipe: Config) -> Path:
         loss: [whole_run(demo, recipe, seed=seed, loss=loss) for seed in range(demo.seeds)] for loss in LOSSES
     }  # the runs of the first loss come first: stopped early, they are whole
     pairs = {loss: list(zip(runs[loss], runs["unaligned"], strict=True)) for loss in ("recipe", "options")}
-    report = demo.folder / "comparison.html"
+    report = demo.place / "comparison.html"
     headings = {
         "recipe": "What alignment changes",
         "options": "What alignment changes with targets that do not contradict themselves",
@@ -111,14 +113,14 @@ def run_config(demo: DemoConfig, recipe: Config, dataset: Path, *, seed: int = 0
       seed: of the parameters, of the noise and of the order of the examples.
       loss: which alignment loss.
     """
-    run = demo.folder / (f"seed-{seed}" if loss == "recipe" else f"seed-{seed}-{loss}")
+    run = demo.place / (f"seed-{seed}" if loss == "recipe" else f"seed-{seed}-{loss}")
     alignment = dataclasses.replace(recipe.model.alignment, **LOSSES[loss])
     training = dataclasses.replace(
         recipe.train,
         folder=str(run),
         seed=seed,
         steps=demo.steps or recipe.train.steps,
-        compilation_cache=recipe.train.compilation_cache or str(demo.folder / "compiled"),
+        compilation_cache=recipe.train.compilation_cache or str(demo.place / "compiled"),
     )
     return dataclasses.replace(
         recipe,
@@ -134,7 +136,9 @@ def prepare_dataset(demo: DemoConfig, recipe: Config) -> Path:
     Returns:
       Folder of the dataset.
     """
-    records = write_clips(demo.folder, draw_scenes(demo.clips, seed=0))
+    records, source = _write_records(demo, recipe.data.held_out), {"name": "demo", "clips": demo.clips}
+    if demo.unseen:  # which clips are held out depends on their numbers
+        source["settings"] = {"unseen": demo.unseen, "clips": demo.clips, "held_out": recipe.data.held_out}
     dit = recipe.model.dit
     settings = PrepareConfig(
         vae="dct",
@@ -150,9 +154,21 @@ def prepare_dataset(demo: DemoConfig, recipe: Config) -> Path:
         batch_size=8,
         examples_per_shard=128,
     )
-    dataset = demo.folder / "dataset"
-    logger.info(prepare(records, dataset, settings, {"name": "demo", "clips": demo.clips}))
+    dataset = demo.place / "dataset"
+    logger.info(prepare(records, dataset, settings, source))
     return dataset
+
+
+def _write_records(demo: DemoConfig, held_out: int) -> list[Record]:
+    """Writes the clips; the records of those that are held out come last."""
+    if not demo.unseen:
+        return write_clips(demo.place, draw_scenes(demo.clips, seed=0))
+    unseen = UNSEEN[: demo.unseen]
+    known = draw_scenes(
+        max(demo.clips - held_out, 1), seed=0, subjects=[name for name in SUBJECTS if name not in unseen]
+    )
+    held = draw_scenes(held_out, seed=1, subjects=unseen)
+    return write_clips(demo.place, known) + write_clips(demo.place, held, "unseen-")
 
 
 def train_run(config: Config) -> None:
@@ -198,19 +214,27 @@ def evaluate(run: Path, config: Config, count: int) -> None:
             "SSIM": float(np.mean([v.ssim for v in verdicts])),
         }
     write_samples(folder, entries)
-    found = evaluation(judged) | {"introduction": introduction(config, len(examples))}
+    unseen = source.manifest.made["source"].get("settings", {}).get("unseen", 0)
+    found = evaluation(judged) | {"introduction": introduction(config, len(examples), unseen)}
     write_text(run / EVALUATION, json.dumps(found, indent=1, ensure_ascii=False))
 
 
-def introduction(config: Config, samples: int) -> dict[str, Any]:
-    """What the page of a run says first, in the form of evaluation.json."""
+def introduction(config: Config, samples: int, unseen: int = 0) -> dict[str, Any]:
+    """What the page of a run says first, in the form of evaluation.json.
+
+    Args:
+      config: recipe of the run.
+      samples: number of samples.
+      unseen: number of subjects that the samples show and training did not.
+    """
+    never = f" They show {unseen} subjects that no clip of training shows." if unseen else ""
     return {
         "title": "RefAlign in small: subjects from reference images in sampled videos",
         "paragraphs": [
             f"A small video diffusion transformer learned on this machine to put a given subject into a video. It gets "
             "reference images, which show the subject mirrored, turned, smaller and in another light, and a caption, "
             "which says where the subject starts, how it moves and over what, but not what it is. Here it is asked "
-            f"for {samples} videos whose captions and references it has not seen.",
+            f"for {samples} videos whose captions and references it has not seen.{never}",
             f"Why the pictures look as they do: a video has {NUM_FRAMES} frames of {GRID * CELL}x{GRID * CELL} pixels, "
             f"a simple codec retains {config.model.dit.latent_channels} numbers for each block of "
             f"{CELL // 2}x{CELL // 2} pixels, and the model is hundreds of times smaller than the published ones "

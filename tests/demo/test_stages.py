@@ -88,7 +88,7 @@ def test_every_stage_once(tmp_path, monkeypatch):
     Image.new("RGB", (64, 48), (200, 90, 30)).save(image)
     picture, sentence = sample_photograph(image, run)
     assert Image.open(picture).size == (4 * 192, 4 * 192)
-    assert sentence.startswith("Of the 16 subjects that the model was trained on, the samples resemble most: ")
+    assert sentence.startswith("Of the 16 subjects of the demo, the samples resemble most: ")
 
     # With other losses: the run that is there is taken as it is.
     done = [*run.rglob("*.mp4"), *(config.folder / "dataset").glob("*.array_record"), run / "evaluation.json"]
