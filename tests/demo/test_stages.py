@@ -23,6 +23,7 @@ from refalign_jax.config import (
 from refalign_jax.convert.checkpoint import find_checkpoint, read_json
 from refalign_jax.demo import stages
 from refalign_jax.demo.photo import sample_photograph
+from refalign_jax.demo.photographs import UNSEEN
 from refalign_jax.demo.stages import compare, demo
 from refalign_jax.report import page
 from refalign_jax.trainer.loop import train
@@ -122,6 +123,38 @@ def test_the_recipe_fits_the_clips():
     assert recipe.model.alignment.weight > 0
     assert recipe.data.held_out >= DemoConfig().samples
     assert DemoConfig().clips > 10 * recipe.data.held_out
+
+
+def test_unseen_subjects_are_in_held_out_clips_alone(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(stages, "prepare", lambda *arguments: asked.append(arguments))
+
+    def subjects(records):
+        return [{actor["subject"] for actor in record.metadata["scene"]["actors"]} for record in records]
+
+    config = DemoConfig(folder=tmp_path, clips=24, unseen=3)
+    assert stages.prepare_dataset(config, SMALL) == tmp_path / "unseen-3" / "dataset"
+    records, _, _, source = asked.pop()
+    shown, held_out = subjects(records)[:16], subjects(records)[16:]
+    assert len(records) == 24
+    assert set.union(*held_out) == set(UNSEEN)
+    assert not set.union(*shown) & set(UNSEEN)
+    assert {len(scene) for scene in held_out} == {1, 2}
+
+    # Another number of clips does not give a clip that is there another content, and is another dataset.
+    stages.prepare_dataset(dataclasses.replace(config, clips=20), SMALL)
+    fewer, _, _, other = asked.pop()
+    assert [(one.id, one.metadata) for one in fewer] == [(one.id, one.metadata) for one in records[:12] + records[16:]]
+    assert source["settings"] != other["settings"]
+    assert stages.run_config(config, SMALL, tmp_path).train.folder == str(tmp_path / "unseen-3" / "seed-0")
+    assert "They show 3 subjects that no clip of training shows." in str(stages.introduction(SMALL, 8, 3))
+    assert "They show" not in str(stages.introduction(SMALL, 8))
+
+
+@pytest.mark.parametrize("number", [-1, 1, 4])
+def test_unseen_subjects_are_two_or_three(number):
+    with pytest.raises(ValueError, match=f"DemoConfig.unseen={number} "):
+        DemoConfig(unseen=number)
 
 
 @pytest.mark.parametrize("name", ["clips", "samples", "seeds"])
