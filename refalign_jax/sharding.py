@@ -101,6 +101,11 @@ def make_mesh(config: MeshConfig, devices: list[Any] | None = None) -> Mesh:
     return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a mesh splits a batch: its data axis times its fsdp axis."""
+    return mesh.shape[DATA] * mesh.shape[FSDP]
+
+
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     """Checks that a batch splits evenly.
 
@@ -112,7 +117,7 @@ def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
     Raises:
       ValueError: a part of the batch is not divisible by the data axis times the fsdp axis.
     """
-    count = mesh.shape[DATA] * mesh.shape[FSDP]
+    count = batch_parts(mesh)
     if batch_size % (accumulation * count):
         raise ValueError(
             f"data.batch_size={batch_size} is not divisible by mesh.data times mesh.fsdp, {count}, times "

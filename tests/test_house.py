@@ -26,6 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("convert",),
     ("encoders",),
     ("data",),
+    ("drawing",),
     ("trainer",),
     ("inference", "verify"),
     ("perf", "report", "evaluate"),

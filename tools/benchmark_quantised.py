@@ -34,7 +34,8 @@ from refalign_jax.config import (
     wan_14b,
 )
 from refalign_jax.data.records import Reference
-from refalign_jax.inference.draw import Inputs, denoise, embed, noise_of, references_of, stack
+from refalign_jax.drawing import Inputs, denoise, stack
+from refalign_jax.inference.draw import embed, noise_of, references_of
 from refalign_jax.inference.opening import open_generator
 from refalign_jax.inference.outputs import read_samples
 from refalign_jax.inference.references import prepare_references

@@ -100,9 +100,9 @@ def open_examples(config: Config, count: int, codec: Any) -> list[Example]:
     """Reads the first held-out examples."""
     import jax.numpy as jnp
 
-    from refalign_jax.data.records import random_of
     from refalign_jax.data.shards import ShardSource
     from refalign_jax.demo.scenes import read_scene
+    from refalign_jax.drawing import seeded_noise
     from refalign_jax.models.condition import Condition
     from refalign_jax.trainer.preflight import empty_text
 
@@ -120,7 +120,7 @@ def open_examples(config: Config, count: int, codec: Any) -> list[Example]:
         rows, real = arrays["text"][: len(empty)], arrays["reference_latents"][:R]
         text[0, : len(rows)], references[0, : len(real)] = rows, real
         prompt = Condition(jnp.asarray(text), jnp.asarray(references), jnp.array([len(real)]))
-        noise = random_of(about["id"], 0).standard_normal((1, *clip.shape), np.float32)
+        noise = seeded_noise(about["id"], 0, clip.shape)[None]
         scene = read_scene(about["metadata"]["scene"]) if "scene" in about["metadata"] else None
         inputs = jnp.asarray(noise), prompt, prompt._replace(text=jnp.asarray(empty)[None])
         examples.append(Example(inputs, codec.decode(clip[None])[0], scene))

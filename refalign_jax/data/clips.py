@@ -14,8 +14,9 @@ from refalign_jax.atomic import first_line
 from refalign_jax.config import PrepareConfig
 from refalign_jax.data.clip_frames import Selection, Still, Wish, read_clip
 from refalign_jax.data.inputs import read_inputs
-from refalign_jax.data.records import Entry, Record, Reference, Skipped, random_of, subject_ids
+from refalign_jax.data.records import Entry, Record, Reference, Skipped, subject_ids
 from refalign_jax.data.references import load_reference
+from refalign_jax.data.seeds import random_of
 from refalign_jax.data.video import TICK, BoxError, VideoInfo
 from refalign_jax.digests import Digests
 from refalign_jax.types import Bool, Float, Int

@@ -9,7 +9,6 @@ another thread or process.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -156,9 +155,3 @@ def subject_ids(references: tuple[Reference, ...]) -> Int[np.ndarray, " R"]:
     numbers: dict[str | int, int] = {}
     keys = [index if reference.subject is None else reference.subject for index, reference in enumerate(references)]
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int32)
-
-
-def random_of(id: str, seed: int) -> np.random.Generator:
-    """Returns a generator of random numbers that depends on an id and a seed alone."""
-    digest = hashlib.sha256(id.encode()).digest()
-    return np.random.default_rng([seed, *np.frombuffer(digest, np.uint32).tolist()])

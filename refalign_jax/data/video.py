@@ -223,22 +223,27 @@ def write_video(
 
 
 def write_latents(
-    paths: Sequence[Path], latents: Float[np.ndarray, "B F H W C"], codec: VideoCodec, fps: float
-) -> None:
-    """Decodes latents and writes an MP4 for each.
+    path: Path, latents: Float[np.ndarray, "F H W C"], codec: VideoCodec, fps: float, comment: str = ""
+) -> Float[np.ndarray, "T h w 3"]:
+    """Decodes the latents of a video and writes it as an MP4.
 
     Args:
-      paths: the files to write, one per video.
+      path: the file to write, replaced if it exists.
       latents: normalised.
       codec: decodes them.
       fps: frames a second.
+      comment: as in `write_video`.
+
+    Returns:
+      What the codec decoded, in [-1, 1], neither clipped nor rounded.
 
     Raises:
       ValueError: the codec has another number of channels.
-      OSError: a file can't be written.
+      OSError: the file can't be written.
     """
-    for path, frames in zip(paths, to_pixels(codec.decode(latents)), strict=True):
-        write_video(path, frames, fps)
+    frames = codec.decode(latents[None])[0]
+    write_video(path, to_pixels(frames), fps, comment=comment)
+    return frames
 
 
 def read_comment(path: str | os.PathLike[str]) -> str:

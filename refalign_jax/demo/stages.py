@@ -202,10 +202,10 @@ def evaluate(run: Path, config: Config, count: int) -> None:
     codec = reopen_video_codec(source.manifest.made["encoders"]["video"])
     judged: list[Judged] = []
     for entry, (arrays, about) in zip(entries, examples, strict=True):
-        latents = np.empty((1, *arrays["video_latents"].shape), np.float32)
-        fill(latents[0], arrays, "video_latents")
+        latents = np.empty(arrays["video_latents"].shape, np.float32)
+        fill(latents, arrays, "video_latents")
         entry["truth"] = f"{entry['id']}-truth.mp4"
-        write_latents([folder / entry["truth"]], latents, codec, FPS)
+        write_latents(folder / entry["truth"], latents, codec, FPS)
         judged.append(judge_files(folder, entry, read_scene(about["metadata"]["scene"])))
         verdicts = judged[-1].verdicts
         right = sum(v.recognised == v.requested for v in verdicts)

@@ -1,116 +1,20 @@
-"""Draws latents: prompts and references to what the transformer is given, then the sampler, step by step.
-
-On CPUs the last bits of a matrix product depend on how many rows it has. So there each device draws one video at a
-time, in a batch of any size, and with the references that the video has and no padding: the latents of a request are
-the same bytes whatever is drawn beside it. Where the branches of guidance are split over devices, each device has one.
-"""
+"""What a request's video is drawn from: embeddings of its prompts, latents of its references, and its noise."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from refalign_jax.config import MAX_TEXT_LENGTH, DiTConfig, SamplingConfig
-from refalign_jax.data.records import random_of
+from refalign_jax.config import MAX_TEXT_LENGTH
 from refalign_jax.data.references import encode_references
+from refalign_jax.drawing import seeded_noise
 from refalign_jax.encoders.interface import VideoCodec
 from refalign_jax.inference.opening import Generator
 from refalign_jax.inference.requests import Request
 from refalign_jax.inference.tensors import given_noise, given_references, given_text
-from refalign_jax.models.condition import Condition
-from refalign_jax.sampling import advance, begin
-from refalign_jax.sharding import replicated, to_devices
-from refalign_jax.types import Array, Float, Params
-
-BRANCHES = 3
-"""Branches of guidance with references; plain text-to-video has two."""
-
-
-class Inputs(NamedTuple):
-    """What is drawn from, for a batch of videos or, without the axis B, for one.
-
-    Attributes:
-      noise: standard normal, float32.
-      prompt: embeddings, padding rows zero.
-      negative: embeddings of the negative prompt.
-      references: clean latents; None for plain text-to-video.
-    """
-
-    noise: Float[np.ndarray, "*B F H W C"]
-    prompt: Float[np.ndarray, "*B S D"]
-    negative: Float[np.ndarray, "*B S D"]
-    references: Float[np.ndarray, "*B R H W C"] | None
-
-    @property
-    def kind(self) -> tuple[int, int]:
-        """Text tokens and references; what differs in it can't be drawn in one batch."""
-        return self.prompt.shape[-2], 0 if self.references is None else self.references.shape[-4]
-
-
-def denoise(
-    params: Params, inputs: Inputs, *, dit: DiTConfig, config: SamplingConfig, mesh: jax.sharding.Mesh
-) -> Iterator[Float[Array, "B F H W C"]]:
-    """Yields the latents of a batch after each step; the last ones are the sample.
-
-    Args:
-      params: of the transformer, on the mesh.
-      inputs: of the batch; B is a multiple of the devices or, where branches are split over them, less.
-      dit: the transformer.
-      config: how to sample.
-      mesh: the devices.
-    """
-    with jax.set_mesh(mesh):
-        given = [x for x in inputs if x is not None]
-        few = len(inputs.noise) % mesh.size != 0
-        noise, prompt, negative, *references = (
-            jax.device_put(given, replicated(mesh)) if few else to_devices(given, mesh)
-        )
-        conditions = Condition(prompt, *references), Condition(negative, *references)
-        state = begin(params, noise, conditions, dit=dit, config=config)
-    for i in range(config.num_steps):
-        with jax.set_mesh(mesh):  # not around the yield, after which anything may run
-            steps = jnp.int32(i), jnp.int32(i + 1)
-            state = advance(params, state, steps, conditions, dit=dit, config=config)
-        yield state.x
-
-
-def batches(inputs: Mapping[str, Inputs], size: int) -> list[list[str]]:
-    """Divides videos into batches of one kind each, at most `size`, in their order."""
-    kinds: dict[tuple[int, int], list[str]] = {}
-    for id, one in inputs.items():
-        kinds.setdefault(one.kind, []).append(id)
-    return [ids[start : start + size] for ids in kinds.values() for start in range(0, len(ids), size)]
-
-
-def rows_per_call(generator: Generator) -> int:
-    """How many videos the compiled program draws at once.
-
-    A multiple of the devices; with `batched_guidance`, fewer, so that the branches of a video run on different devices:
-    on CPUs as many videos as give each device one branch, whatever the batch size, elsewhere the batch size.
-    """
-    devices, wanted = generator.mesh.size, generator.generate.batch_size
-    batched, on_cpu = generator.config.sampling.batched_guidance, jax.default_backend() == "cpu"
-    if batched and on_cpu and devices >= BRANCHES:
-        return devices // BRANCHES
-    if batched and not on_cpu and wanted < devices:
-        return wanted
-    return devices if on_cpu else -(-wanted // devices) * devices
-
-
-def stack(parts: Sequence[Inputs], size: int) -> Inputs:
-    """The inputs of a batch, filled up with the last video so that all batches of a kind share one program."""
-    filled = [parts[min(row, len(parts) - 1)] for row in range(size)]
-    columns = zip(*filled, strict=True)
-    noise, prompt, negative, references = (None if column[0] is None else np.stack(column) for column in columns)
-    assert noise is not None
-    assert prompt is not None
-    assert negative is not None
-    return Inputs(noise, prompt, negative, references)
+from refalign_jax.types import Float
 
 
 def embed(requests: Sequence[Request], generator: Generator) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -181,9 +85,7 @@ def noise_of(request: Request, generator: Generator) -> Float[np.ndarray, "F H W
     """
     shape = latent_shape(generator)
     given = given_noise(generator.given, request.id, shape)
-    if given is not None:
-        return given
-    return random_of(request.id, generator.generate.seed).standard_normal(shape, np.float32)
+    return seeded_noise(request.id, generator.generate.seed, shape) if given is None else given
 
 
 def latent_shape(generator: Generator) -> tuple[int, int, int, int]:

@@ -28,17 +28,8 @@ from tqdm import tqdm
 from refalign_jax.atomic import write_text
 from refalign_jax.data.records import Reference
 from refalign_jax.digests import Digests
-from refalign_jax.inference.draw import (
-    Inputs,
-    batches,
-    cut_prompts,
-    denoise,
-    embed,
-    noise_of,
-    references_of,
-    rows_per_call,
-    stack,
-)
+from refalign_jax.drawing import Inputs, batches, denoise, rows_per_call, stack
+from refalign_jax.inference.draw import cut_prompts, embed, noise_of, references_of
 from refalign_jax.inference.gallery import write_gallery
 from refalign_jax.inference.opening import Generator
 from refalign_jax.inference.outputs import (
@@ -283,15 +274,16 @@ class _Stages:
         if not todo:
             return
         inputs = self._inputs(todo)
-        size = rows_per_call(generator)
+        config, mesh = generator.config, generator.mesh
+        size = rows_per_call(mesh, generator.generate.batch_size, config.sampling.batched_guidance)
         groups = batches(inputs, size)
         self.report("transformer")
-        config, params = generator.config, generator.transformer()
+        params = generator.transformer()
         with tqdm(total=len(groups) * config.sampling.num_steps, desc="sample", unit="step") as bar:
             for number, ids in enumerate(groups):
                 bar.set_postfix_str(f"video {sum(map(len, groups[:number])) + 1} of {len(inputs)}")
                 batch = stack([inputs[id] for id in ids], size)
-                drawn = denoise(params, batch, dit=config.model.dit, config=config.sampling, mesh=generator.mesh)
+                drawn = denoise(params, batch, dit=config.model.dit, config=config.sampling, mesh=mesh)
                 self.report("sample", 0, batch.noise)
                 for step, x in enumerate(drawn, 1):
                     x.block_until_ready()

@@ -30,7 +30,7 @@ from refalign_jax.config import flat_fields
 from refalign_jax.convert.safetensors_files import open_safetensors
 from refalign_jax.data.inputs import digest_array
 from refalign_jax.data.records import Reference
-from refalign_jax.data.video import to_pixels, write_video
+from refalign_jax.data.video import write_latents
 from refalign_jax.digests import Digests, differences, digest_json
 from refalign_jax.encoders.interface import VideoCodec
 from refalign_jax.inference.requests import Request
@@ -180,14 +180,13 @@ def write_files(
     Raises:
       OSError: a file can't be written.
     """
-    values = codec.decode(latents[None])[0]
-    tensors = {"latents": channels_first(latents), "pixels": values}
-    for name, file in entry.get("tensors", {}).items():
-        save_tensor(folder / file, name, tensors[name])
     about = {"id": entry["id"], **_content(entry)}
     about["references"] = [_without(reference, "image") for reference in about["references"]]
     comment = json.dumps(about, ensure_ascii=False, sort_keys=True)
-    write_video(folder / entry["video"], to_pixels(values), entry["made"]["fps"], comment=comment)
+    pixels = write_latents(folder / entry["video"], latents, codec, entry["made"]["fps"], comment)
+    tensors = {"latents": channels_first(latents), "pixels": pixels}
+    for name, file in entry.get("tensors", {}).items():
+        save_tensor(folder / file, name, tensors[name])
 
 
 class Spool:

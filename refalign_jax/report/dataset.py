@@ -94,7 +94,7 @@ def _card(source: ShardSource, index: int, codec: VideoCodec, path: Path) -> Car
     images = np.empty(arrays["reference_latents"].shape, np.float32)
     fill(images, arrays, "reference_latents")
     fps = float(metadata.get("fps") or 16)
-    write_latents([path], video[None], codec, fps)
+    write_latents(path, video, codec, fps)
     pixels: Iterable[np.ndarray] = to_pixels(codec.decode(images[:, None]))[:, 0] if len(images) else []
     names = metadata.get("subjects") or []
     frames = metadata.get("frames") or [0]

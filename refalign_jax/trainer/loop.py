@@ -21,13 +21,13 @@ import jax
 from refalign_jax.config import Config, TrainConfig
 from refalign_jax.data.loader import Rows
 from refalign_jax.data.mixture import Source
-from refalign_jax.data.shards import clip_fps
+from refalign_jax.data.shards import WAN_FPS, clip_fps
 from refalign_jax.trainer import distributed, preflight
 from refalign_jax.trainer.distributed import HangGuard
 from refalign_jax.trainer.dump import write_dump
-from refalign_jax.trainer.held_out import held_out_batches, held_out_losses
+from refalign_jax.trainer.held_out import held_out_losses
 from refalign_jax.trainer.log import Log, Meter, NotFiniteError, Profiler, write_config
-from refalign_jax.trainer.preview import draw_preview, write_preview
+from refalign_jax.trainer.preview import draw_preview, preview_rows, write_preview
 from refalign_jax.trainer.run import Run, open_run
 from refalign_jax.trainer.state import TrainState, begin, save
 from refalign_jax.trainer.step import as_batch, batch_shapes, compile_step
@@ -155,13 +155,13 @@ def next_rows(state: TrainState, run: Run, log: Log) -> Rows:
 
 def preview(state: TrainState, run: Run, done: int) -> None:
     """Samples from the first held-out examples, by the moving average where there is one, and writes the samples."""
-    batch, *_ = next(held_out_batches(run.config, run.source, run.mesh))
-    with jax.set_mesh(run.mesh):
-        drawn = draw_preview(state.ema or state.params, batch, run.empty_text, run.config)
+    config = run.config
+    rows = preview_rows(config, run.source)
+    drawn = draw_preview(state.ema or state.params, rows, run.empty_text, config, run.mesh)
     if jax.process_index() == 0:
-        path = Path(run.config.train.folder) / "previews" / f"step-{done:08d}"
-        fps = 16.0 if run.codec is None else clip_fps(run.config.data.paths[0])
-        write_preview(path, drawn, run.made, run.codec, fps)
+        path = Path(config.train.folder) / "previews" / f"step-{done:08d}"
+        made = {**run.made, "step": done, "seed": config.train.seed}
+        write_preview(path, drawn, made, run.codec, WAN_FPS if run.codec is None else clip_fps(config.data.paths[0]))
 
 
 def checkpoint(state: TrainState, run: Run, log: Log) -> None:

@@ -6,85 +6,113 @@ principal colours of the latents, which need no decoder. The latents themselves 
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from refalign_jax.atomic import atomic_write
 from refalign_jax.config import Config
 from refalign_jax.data.colours import principal_colours
+from refalign_jax.data.loader import Rows, make_loader
+from refalign_jax.data.mixture import Source
+from refalign_jax.data.shards import WAN_FPS
+from refalign_jax.drawing import Inputs, batches, denoise, rows_per_call, seeded_noise, stack
 from refalign_jax.encoders.interface import VideoCodec
-from refalign_jax.objective import Batch
-from refalign_jax.sampling import sample
 from refalign_jax.types import Array, Float, Params
 
 
 class Preview(NamedTuple):
-    """The first few samples of a batch and what they are compared with, as latents on the host.
+    """Samples of the first held-out examples and what they are compared with, as latents on the host.
 
     Attributes:
+      ids: of the examples.
       latents: the samples.
       video_latents: the clips that the prompts and references belong to.
-      reference_latents: the references.
+      reference_latents: the references, behind them zeros.
     """
 
+    ids: tuple[str, ...]
     latents: Float[np.ndarray, "N F H W C"]
     video_latents: Float[np.ndarray, "N F H W C"]
     reference_latents: Float[np.ndarray, "N R H W C"]
 
 
-def draw_preview(params: Params, batch: Batch, empty_text: Float[Array, "S text_width"], config: Config) -> Preview:
-    """Samples from a batch's prompts and references, at the same noise every time.
+def preview_rows(config: Config, source: Source) -> Rows:
+    """The examples that are previewed, the first held-out ones; every process reads all of them."""
+    count = min(config.train.previews, config.data.held_out)
+    data = dataclasses.replace(config.data, batch_size=count, num_workers=0)
+    with contextlib.closing(make_loader(data, source, split="held_out")) as loader:
+        return next(loader)
+
+
+def draw_preview(
+    params: Params, rows: Rows, empty_text: Float[Array, "S text_width"], config: Config, mesh: Mesh
+) -> Preview:
+    """Samples what `tools/sample.py` does of the same weights, embeddings, references, ids and seed.
+
+    A device draws one video at a time, since the training state fills its memory.
 
     Args:
-      params: of the model.
-      batch: held-out examples.
+      params: of the model, on the mesh.
+      rows: held-out examples, the same in every process.
       empty_text: the negative prompt.
-      config: of the run.
+      config: of the run; its seed is the noise's.
+      mesh: the devices.
     """
-    noise = jax.random.normal(jax.random.key(config.train.seed), batch.video_latents.shape, jnp.float32)
-    latents = sample(
-        params["dit"],
-        jax.device_put(noise, batch.video_latents.sharding),
-        batch.condition,
-        batch.condition._replace(text=jnp.broadcast_to(empty_text.astype(batch.text.dtype), batch.text.shape)),
-        dit=config.model.dit,
-        config=config.sampling,
+    real: list[int] = rows["num_references"].tolist()
+    ids: list[str] = rows["ids"].tolist()
+    text, videos, references = (
+        rows[name].astype(np.float32) for name in ("text", "video_latents", "reference_latents")
     )
-
-    def first_few(x: Array) -> np.ndarray:
-        everywhere = multihost_utils.process_allgather(x, tiled=True)
-        return np.asarray(everywhere)[: config.train.previews].astype(np.float32)
-
-    return Preview(first_few(latents), first_few(batch.video_latents), first_few(batch.reference_latents))
+    negative = np.asarray(empty_text, np.float32)
+    F, H, W, C = videos.shape[1:]
+    inputs = {
+        i: Inputs(
+            noise=seeded_noise(id, config.train.seed, (F, H, W, C)),
+            prompt=text[i],
+            negative=negative,
+            references=references[i, : real[i]] if real[i] else None,
+        )
+        for i, id in enumerate(ids)
+    }
+    size, latents = rows_per_call(mesh, 1, config.sampling.batched_guidance), np.empty_like(videos)
+    for group in batches(inputs, size):
+        batch = stack([inputs[i] for i in group], size)
+        drawn = denoise(params["dit"], batch, dit=config.model.dit, config=config.sampling, mesh=mesh)
+        (last,) = collections.deque(drawn, maxlen=1)
+        latents[group] = multihost_utils.process_allgather(last, tiled=True)[: len(group)]
+    return Preview(tuple(ids), latents, videos, references)
 
 
 def write_preview(
-    path: Path, preview: Preview, made: Mapping[str, Any], codec: VideoCodec | None = None, fps: float = 16.0
+    path: Path, preview: Preview, made: Mapping[str, Any], codec: VideoCodec | None = None, fps: float = WAN_FPS
 ) -> None:
-    """Writes a preview: <path>.png, its latents <path>.npz, and <path>-0.mp4 and so on.
+    """Writes a preview: <path>.png, its latents and ids <path>.npz, and <path>-0.mp4 and so on.
 
     Args:
       path: without a suffix; its folder is made if need be.
       preview: what `draw_preview` returned.
-      made: what `provenance.about` returned; it goes into the PNG and the NPZ.
+      made: what `provenance.about` returned; it goes into every file.
       codec: decodes the samples to videos; None writes no videos.
       fps: frames per second of the videos.
     """
     path.parent.mkdir(exist_ok=True)
     about = json.dumps(dict(made))
     with atomic_write(path.with_suffix(".npz")) as temporary, temporary.open("wb") as file:
-        np.savez(file, latents=preview.latents, about=about)
+        np.savez(file, latents=preview.latents, ids=np.array(preview.ids), about=about)
     frames = np.linspace(0, preview.latents.shape[1] - 1, 3).astype(int)
-    rows = [_row(np.concatenate([s[frames], v[frames], r])) for s, v, r in zip(*preview, strict=True)]
+    shown = zip(preview.latents, preview.video_latents, preview.reference_latents, strict=True)
+    rows = [_row(np.concatenate([s[frames], v[frames], r])) for s, v, r in shown]
     image = Image.fromarray((np.concatenate(rows) * 255).astype(np.uint8))
     info = PngInfo()
     info.add_text("about", about)
@@ -94,8 +122,9 @@ def write_preview(
         return
     from refalign_jax.data.video import write_latents  # FFmpeg, which most runs don't need
 
-    videos = [path.with_name(f"{path.name}-{i}.mp4") for i in range(len(preview.latents))]
-    write_latents(videos, preview.latents, codec, fps)
+    for i, (id, latents) in enumerate(zip(preview.ids, preview.latents, strict=True)):
+        comment = json.dumps({"id": id, **made}, ensure_ascii=False)
+        write_latents(path.with_name(f"{path.name}-{i}.mp4"), latents, codec, fps, comment)
 
 
 def _row(frames: Float[np.ndarray, "N H W C"]) -> Float[np.ndarray, "h w rgb"]:

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools import mask as coco
 
-from refalign_jax.data.records import Reference, RunLengths, random_of, subject_ids
+from refalign_jax.data.records import Reference, RunLengths, subject_ids
+from refalign_jax.data.seeds import random_of
 
 
 def test_subjects_are_numbered_in_their_order():

@@ -23,8 +23,8 @@ from support.places import ROOT, environment
 from refalign_jax.config import GenerateConfig, ModelConfig
 from refalign_jax.convert.checkpoint import save_params
 from refalign_jax.data.video import read_frames
+from refalign_jax.drawing import Inputs, batches, rows_per_call
 from refalign_jax.inference import generate as generate_module
-from refalign_jax.inference.draw import Inputs, batches, rows_per_call
 from refalign_jax.inference.generate import generate
 from refalign_jax.inference.opening import open_generator
 from refalign_jax.inference.outputs import read_samples
@@ -97,7 +97,7 @@ def test_shortcuts_and_branches_over_devices_leave_the_bytes_alone(weights, tmp_
         SMALL, num_steps=5, guidance_interval=(0.8, 1.0), cache_threshold=0.5, batched_guidance=True
     )
     generator, requests = open_generator(str(weights), config), read_requests(write_prompts(tmp_path, 5))
-    assert rows_per_call(generator) == 8 // 3
+    assert rows_per_call(generator.mesh, 1, batched_guidance=True) == 8 // 3
     generate(requests, tmp_path / "a", generator)
     larger = dataclasses.replace(generator.generate, batch_size=4)
     generate(requests[::-1], tmp_path / "b", dataclasses.replace(generator, generate=larger))

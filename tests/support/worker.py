@@ -4,11 +4,16 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+import jax
+import numpy as np
+
 from refalign_jax.command import log_progress
 from refalign_jax.config import Config
 from refalign_jax.sharding import make_mesh
 from refalign_jax.trainer.checkpoint import Checkpoints
 from refalign_jax.trainer.loop import train
+from refalign_jax.trainer.preflight import open_source
+from refalign_jax.trainer.preview import draw_preview, preview_rows
 from refalign_jax.trainer.state import begin, save
 from support.runs import recipe
 from support.sources import Slow
@@ -20,11 +25,16 @@ def many(folder: Path) -> Config:
 
 
 def copy(config: Config, source: Path, target: Path) -> None:
-    """Restores the newest of the checkpoints in a folder and saves it in another."""
+    """Restores the newest of the checkpoints in a folder, saves it in another, and a preview of it beside that."""
+    mesh = make_mesh(config.mesh)
     with Checkpoints(source, 1) as checkpoints:
-        state, position = begin(config, make_mesh(config.mesh), checkpoints)
+        state, position = begin(config, mesh, checkpoints)
     with Checkpoints(target, 1) as checkpoints:
         save(state, position or {}, config, {}, checkpoints)
+    rows, empty = preview_rows(config, open_source(config)), np.zeros((5, 16), np.float32)
+    drawn = draw_preview(state.params, rows, empty, config, mesh)
+    if jax.process_index() == 0:
+        np.save(target.parent / "preview.npy", drawn.latents)
 
 
 def main() -> None:

@@ -92,6 +92,13 @@ def test_checkpoints_go_from_one_to_two_and_from_two_to_one(one, two, tmp_path):
             np.testing.assert_array_equal(value, theirs[name], err_msg=name)
 
 
+def test_previews_of_two_processes_are_those_of_one(one, two, tmp_path):
+    copy(many(tmp_path), one / "checkpoints", tmp_path / "checkpoints")
+    alone, joined = (np.load(folder / "preview.npy") for folder in (tmp_path, two[0] / "copy"))
+    assert alone.shape == (2, *tiny.GRID, 16)
+    assert tiny.relative(joined, alone) <= 1e-5
+
+
 def test_what_several_processes_saved_is_exported(two, tmp_path):
     params, model = load_params(two[0])
     export_weights(two[0], tmp_path / "out.safetensors", ExportConfig(projectors=True))

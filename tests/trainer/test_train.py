@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from support import tiny
 from support.runs import FAST_COMPILE, MODEL, recipe
 from support.sources import Disturbed
 
+from refalign_jax.command import load
 from refalign_jax.config import (
     AlignmentConfig,
     Config,
@@ -275,6 +277,28 @@ def test_metrics_tell_every_step(finished):
     assert [*(finished / "tensorboard").glob("events*")]
     assert [*(finished / "profile").rglob("*.xplane.pb")]
     assert [path.suffix for path in sorted((finished / "previews").iterdir())] == [".npz", ".png"]
+
+
+def test_a_preview_is_what_the_sampling_command_draws(finished, tmp_path):
+    """The same weights, embeddings, references, ids, seed and mesh give the same bits."""
+    config, preview = recipe(finished), np.load(finished / "previews/step-00000012.npz")
+    source = open_source(config)
+    given = {"negative": np.zeros((5, 16), np.float32)}
+    ids = preview["ids"].tolist()
+    for index, id in enumerate(ids, config.data.first_held_out(len(source))):
+        arrays, about = source[index]
+        assert about["id"] == id
+        given[f"{id}.prompt"] = np.float32(arrays["text"])
+        given[f"{id}.references"] = np.float32(arrays["reference_latents"])
+    save_file(given, tmp_path / "given.safetensors")
+    (tmp_path / "prompts.jsonl").write_text("".join(f"{json.dumps({'id': id, 'prompt': ''})}\n" for id in ids))
+    options = ["--embeddings", tmp_path / "given.safetensors", "--vae", "dct", "--num-frames", 5, "--height", 32]
+    options += ["--width", 48, "--fsdp", 2, "--ema", "--save", "latents"]
+    places = [finished, tmp_path / "prompts.jsonl", tmp_path / "out"]
+    load("sample")([str(argument) for argument in (*places, *options)], "sample")
+    for id, latents in zip(ids, preview["latents"], strict=True):
+        ours = load_file(tmp_path / "out" / f"{id}-latents.safetensors")["latents"]
+        np.testing.assert_array_equal(np.moveaxis(ours, 0, -1), latents)
 
 
 def test_a_finished_run_has_nothing_left_to_do(finished):

@@ -24,7 +24,8 @@ from typing import Any
 
 from refalign_jax.config import OpenS2VConfig
 from refalign_jax.data.clips import CROP_OUTSIDE
-from refalign_jax.data.records import Dropped, Record, Reference, RunLengths, Skipped, random_of
+from refalign_jax.data.records import Dropped, Record, Reference, RunLengths, Skipped
+from refalign_jax.data.seeds import random_of
 from refalign_jax.data.sources.json_stream import BrokenFileError, estimate_entries, parse, read_entries
 from refalign_jax.data.sources.pairs import Pairs, open_pairs, part_of
 from refalign_jax.data.sources.videos import Videos, open_videos
