@@ -190,9 +190,11 @@ class GenerateConfig:
     ] = None
     """dtype of the transformer's stored parameters; int8 and float8 quantise the kernels of its blocks, and UMT5's."""
     batch_size: int = 1
-    """Videos drawn together; rounded up to a multiple of the devices. On CPUs each device draws one at a time."""
+    """Videos drawn together; rounded up to a multiple of the devices / context, of which on CPUs each draws one."""
     fsdp: int = 1
-    """Devices over which the parameters are split."""
+    """Devices over which the parameters are split, and the videos of a batch."""
+    context: int = 1
+    """Devices over which the tokens of each video are split, and the parameters too; it must divide the heads."""
     keep_loaded: bool = False
     """Keep all networks in memory; otherwise each is read when it is needed, and memory holds one at a time."""
     num_heads: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: width / 128)")] = None
@@ -207,7 +209,7 @@ class GenerateConfig:
         check_values(self)
         expand_home(self, "dataset", "vae", "text_encoder", "noise", "embeddings", "sigmas")
         object.__setattr__(self, "lora", tuple(map(os.path.expanduser, self.lora)))  # the class is frozen
-        check_range(self, "height", "width", "num_frames", "batch_size", "fsdp", above=0)
+        check_range(self, "height", "width", "num_frames", "batch_size", "fsdp", "context", above=0)
         check_range(self, "num_steps", "shift", "num_heads", above=0)
         check_range(self, "seed", "fps", least=0)
         check_num_frames(self)

@@ -20,6 +20,7 @@ from etils import epath
 from refalign_jax.config import (
     WAN_NEGATIVE_PROMPT,
     Config,
+    DiTConfig,
     GenerateConfig,
     MeshConfig,
     ModelConfig,
@@ -49,7 +50,7 @@ from refalign_jax.inference.background import CutOut, open_cut_out
 from refalign_jax.inference.tensors import Given, open_given
 from refalign_jax.initial import model_shapes
 from refalign_jax.sampling import guided_steps
-from refalign_jax.sharding import make_mesh, place_shapes
+from refalign_jax.sharding import check_heads, make_mesh, place_shapes
 from refalign_jax.types import Params
 
 _ENCODER_FILES = {"vae": ("Wan2.1_VAE.pth", "vae"), "text_encoder": ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")}
@@ -137,11 +138,13 @@ def open_generator(weights: str, config: GenerateConfig) -> Generator:
       config: how to sample; what it leaves open is as the run or its dataset has it.
 
     Raises:
-      ValueError: there are no weights, no encoders are named, they don't fit each other, or an adapter doesn't fit.
+      ValueError: there are no weights, no encoders are named, they don't fit each other, an adapter doesn't fit, or the
+        devices can't be split as asked.
     """
     weights = find_weights(weights)
     run, source, path = _read_run(weights, config)
     run = _settle(run, config)
+    mesh = _open_mesh(config, run.model.dit)
     dtype = config.weights_dtype or config.dtype or "float32"
     config = dataclasses.replace(config, fps=config.fps or _dataset_fps(run, config), weights_dtype=dtype)
     codec, text, size = _open_encoders(run, _with_encoders_beside(weights, run, config))
@@ -154,7 +157,6 @@ def open_generator(weights: str, config: GenerateConfig) -> Generator:
         open_adapter(find_weights(name), strength, run.model.dit)
         for name, strength in zip(config.lora, strengths, strict=True)
     )
-    mesh = make_mesh(MeshConfig(fsdp=config.fsdp), jax.local_devices())
     held = (config.dtype or "float32") if config.quantised else dtype  # what is not quantised
     placed = place_shapes({"dit": model_shapes(run.model)["dit"]}, mesh, jnp.dtype(held))
     if not is_checkpoint(weights):
@@ -174,6 +176,23 @@ def open_generator(weights: str, config: GenerateConfig) -> Generator:
         given=open_given(config.noise, config.embeddings),
         cut_out=open_cut_out(config.remove_background),
     )
+
+
+def _open_mesh(config: GenerateConfig, dit: DiTConfig) -> jax.sharding.Mesh:
+    """This process's devices: tokens are split over the context axis, videos over the others.
+
+    Raises:
+      ValueError: what is asked for does not divide the devices, or the heads.
+    """
+    devices, parts = jax.local_devices(), config.fsdp * config.context
+    if len(devices) % parts:
+        raise ValueError(
+            f"--fsdp {config.fsdp} times --context {config.context} is {parts}; it must divide the number of this "
+            f"process's devices, {len(devices)}."
+        )
+    mesh = make_mesh(MeshConfig(fsdp=config.fsdp, context=config.context), devices)
+    check_heads(dit, mesh)
+    return mesh
 
 
 def _read_transformer(
