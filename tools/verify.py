@@ -37,7 +37,8 @@ class Arguments:
     html: OutputFile = None
     """Page with the table and, for each pass, the errors over the blocks or steps."""
     profile: Literal["float32", "16bit"] = "float32"
-    """float32, or 16bit for values made in bfloat16; ours are then computed in bfloat16 too."""
+    """float32, or 16bit for values made in bfloat16; ours are then computed in bfloat16 too. With --runs: one
+    of them computed in 16 bits."""
     devices: int = 1
     """Number of devices over which the transformer is split."""
     stream: Literal["auto", "yes", "no"] = "auto"
@@ -63,7 +64,7 @@ def main(arguments: list[str], prog: str) -> int:
     if given.runs is not None:
         from refalign_jax.verify.runs import compare_runs
 
-        comparison = compare_runs(*given.runs, given.spread)
+        comparison = compare_runs(*given.runs, given.spread, given.profile)
         comparison.show(console)
         if given.html is not None:
             write_comparison(comparison, given.html)

@@ -35,6 +35,7 @@ from refalign_jax.convert.checksums import (
     JsonRestore,
     JsonSave,
     check_digests,
+    store_url,
     write_digests,
 )
 from refalign_jax.convert.table import check
@@ -369,8 +370,7 @@ def _fill(store: ts.TensorStore, array: Unread) -> None:
 
 def _open_stores(folder: epath.Path, item: str, write: bool = False) -> dict[str, Any]:
     """Every array of an item as a `tensorstore.TensorStore`."""
-    base = os.fspath(folder / item)
-    base = base if "://" in base else f"file://{base}"
+    base = store_url(os.fspath(folder / item))
 
     def opened(path: tuple[Any, ...], _: Any) -> ts.TensorStore:
         name = jax.tree_util.keystr(path, simple=True, separator=".")

@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -206,13 +207,18 @@ def _arrays_between(item: epath.Path, name: str, start: int, stop: int) -> list[
     base = os.fspath(item)
     arrays = set()
     try:
-        store = ts.KvStore.open((base if "://" in base else f"file://{base}") + "/").result()
+        store = ts.KvStore.open(f"{store_url(base)}/").result()
         for key, file, offset, length in stored_values(store):
             if file == name and offset < stop and start < offset + length:
                 arrays.add(key.rpartition("/")[0])
     except (ValueError, LookupError, OSError):
         return []
     return sorted(arrays)
+
+
+def store_url(path: str) -> str:
+    """The URL by which TensorStore opens a folder, local or `gs://`."""
+    return path if "://" in path else f"file://{urllib.parse.quote(path)}"
 
 
 def stored_values(store: ts.KvStore) -> Iterator[tuple[str, str, int, int]]:

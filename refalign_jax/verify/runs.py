@@ -1,10 +1,9 @@
 """Compares two training runs step by step: their metrics, and the norms of their weights layer by layer.
 
-Two correct runs drift apart, since they round differently and training amplifies what they round: a step differs at
-the first by the rounding of a loss, and each step adds to it. How much that is can be measured, by a third run that
-differs in the order of its sums alone (such as another `optimizer.accumulation`, or another mesh); its distance from
-the first run, times `floors.SAFETY`, is then the bound. Without a third run the bound is `MODEL` times the number of
-steps.
+Two correct runs drift apart, since they round differently and training amplifies what they round. How much that is can
+be measured, by a third run that differs in the order of its sums alone (such as another `optimizer.accumulation`, or
+another mesh); its distance from the first run, times `floors.SAFETY`, is then the bound. Without a third run the bound
+is a model, `rounding_drift`.
 """
 
 from __future__ import annotations
@@ -12,9 +11,10 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,19 @@ from refalign_jax.convert.table import stored
 from refalign_jax.data.json_lines import read_lines
 from refalign_jax.initial import model_shapes
 from refalign_jax.trees import flatten
-from refalign_jax.types import Params
+from refalign_jax.types import Float, Params
 from refalign_jax.verify.case import select
 from refalign_jax.verify.floors import SAFETY
+from refalign_jax.verify.report import SPACING, TOLERANCES, Profile
 
-MODEL = 1e-5
-"""Relative difference that each step may add, where no third run measures it: the tolerance of a loss in float32."""
+GROWTH = 0.02
+"""Rate, per step, above every one at which training was seen to amplify a difference; see docs/verify.md."""
 
 TIMES = ("seconds", "per_second", "data_wait", "mfu")
 """Metrics that depend on the machine, by how their names end."""
+
+GIVEN = ("learning_rate", "weight", "gate", "skipped")
+"""Metrics that depend on the step and the drawn times alone, not on the weights."""
 
 Weights = Callable[[], Iterator[tuple[str, np.ndarray]]]
 """Reads the tensors of a checkpoint one at a time, with our names; `/3` at the end is layer 3 of a stack."""
@@ -51,11 +55,13 @@ class Run:
       name: where it is from.
       metrics: for each metric, its value by step.
       weights: for each step that has a checkpoint, its reader.
+      profile: whether it is known to have computed in 16 bits.
     """
 
     name: str
     metrics: Mapping[str, Mapping[int, float]]
     weights: Mapping[int, Weights]
+    profile: Profile = "float32"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,7 +111,9 @@ class Comparison:
         """The outcome in a sentence."""
         far = [drift for drift in self.drifts if drift.first is not None]
         if not far:
-            return f"{len(self.drifts)} quantities compared; rounding explains every difference."
+            ends = any(np.isinf(drift.bounds).any() for drift in self.drifts)
+            reach = "no difference is beyond rounding, as far as the bound reaches"
+            return f"{len(self.drifts)} quantities compared; {reach if ends else 'rounding explains every difference'}."
         metrics = [drift for drift in far if isinstance(drift.first, int)]
         first = min(metrics, key=lambda drift: drift.first, default=far[0])
         step = f"step {first.first}" if metrics else str(first.first)
@@ -123,7 +131,34 @@ class Comparison:
         console.print(self.bound, self.summary, sep="\n", markup=False)
 
 
-def compare_runs(first: Path, second: Path, spread: Path | None = None) -> Comparison:
+def rounding_drift(steps: Float[np.ndarray, " n"], start: float) -> Float[np.ndarray, " n"]:
+    """How far rounding alone may drive two runs apart: a model for where no third run measures it.
+
+    After k steps that is start·√k·exp(GROWTH·k). Each step rounds every weight, differently in the two runs: a random walk. And
+    training amplifies the distance that there is.
+
+    Args:
+      steps: number of steps since the runs were equal.
+      start: the difference after one step; see `_start`.
+
+    Returns:
+      Relative differences; infinite where the model gives 1 or more, so that it excludes nothing.
+    """
+    drift = start * np.sqrt(steps) * np.exp(np.minimum(GROWTH * steps, 100))
+    return np.where(drift < 1, drift, np.inf)
+
+
+def _start(profile: Profile, metric: bool) -> float:
+    """The difference that a step's rounding makes: SAFETY spacings of the dtype, and one in 16 bits for a metric.
+
+    A difference in the last bit of float32 changes some 16-bit roundings, each change causes others in the layers that
+    follow, and within a step the two runs differ as if each had rounded by itself: by a spacing in every value. AdamW
+    divides that by the gradient's size. Means and norms over many values differ by less.
+    """
+    return SPACING[profile] if metric and profile == "16bit" else SAFETY * SPACING[profile]
+
+
+def compare_runs(first: Path, second: Path, spread: Path | None = None, profile: Profile = "float32") -> Comparison:
     """Compares two runs at the steps that both have.
 
     Args:
@@ -131,22 +166,25 @@ def compare_runs(first: Path, second: Path, spread: Path | None = None) -> Compa
         whose names hold the step.
       second: the same.
       spread: a third run, which differs from the first in the order of its sums alone.
+      profile: `16bit` if one of them computed in 16 bits; a config.json that says so is enough.
 
     Raises:
       ValueError: one of them is none of these, or they have no step and no metric in common.
     """
     a, b = read_run(first), read_run(second)
     c = read_run(spread) if spread else None
+    if "16bit" in (a.profile, b.profile):
+        profile = "16bit"
     drifts = [
-        _metric(name, a.metrics[name], b.metrics[name], c.metrics.get(name) if c else None)
+        _metric(name, a.metrics[name], b.metrics[name], c.metrics.get(name) if c else None, profile)
         for name in a.metrics
         if name in b.metrics and not name.endswith(TIMES) and a.metrics[name].keys() & b.metrics[name].keys()
     ]
     for step in sorted(a.weights.keys() & b.weights.keys()):
-        drifts += _weights(step, a.weights[step], b.weights[step], c.weights.get(step) if c else None)
+        drifts += _weights(step, a.weights[step], b.weights[step], c.weights.get(step) if c else None, profile)
     if not drifts:
         raise ValueError(f"{a.name} and {b.name} have no step with a metric or a checkpoint in common.")
-    bound = f"Without a third run, the bound is {MODEL:g} times the number of steps."
+    bound = _model(drifts, profile)
     if c:
         bound = f"The bound is {SAFETY:g} times the distance between {a.name} and {c.name}."
     return Comparison((a.name, b.name), drifts, bound)
@@ -178,7 +216,16 @@ def read_run(path: Path) -> Run:
             f"{path} is no run: expected metrics.jsonl, metrics.csv or checkpoints in a folder, a .jsonl or .csv file "
             "with steps, or weights."
         )
-    return Run(str(path), metrics, weights)
+    return Run(str(path), metrics, weights, _profile(path))
+
+
+def _profile(path: Path) -> Profile:
+    """What a run of ours computed in; float32 where there is no config.json that says otherwise."""
+    try:
+        dtype = json.loads((path / "config.json").read_text())["config"]["model"]["dit"]["compute_dtype"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "float32"
+    return "float32" if dtype == "float32" else "16bit"
 
 
 def read_metrics(path: Path) -> dict[str, dict[int, float]]:
@@ -237,7 +284,20 @@ def _number(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _metric(name: str, a: Mapping[int, float], b: Mapping[int, float], c: Mapping[int, float] | None) -> Drift:
+def _model(drifts: Sequence[Drift], profile: Profile) -> str:
+    """Describes the bound that `rounding_drift` gives."""
+    start, dtype = _start(profile, metric=True), "float32" if profile == "float32" else "16 bits"
+    sentence = f"The bound is a model of rounding in {dtype}: {start:.1e} after a step, then as the root of the steps "
+    sentence += f"and {GROWTH:.1%} more each step."
+    if any(np.isinf(drift.bounds).any() for drift in drifts):
+        horizon = int(np.argmax(np.isinf(rounding_drift(np.arange(1.0, 10_000), start)))) + 1
+        sentence += f" After {horizon} steps it excludes nothing; a third run (--spread) measures the bound."
+    return sentence
+
+
+def _metric(
+    name: str, a: Mapping[int, float], b: Mapping[int, float], c: Mapping[int, float] | None, profile: Profile
+) -> Drift:
     """The relative difference of a metric at each step that both have, and the bound."""
     steps = sorted(a.keys() & b.keys())
 
@@ -245,18 +305,22 @@ def _metric(name: str, a: Mapping[int, float], b: Mapping[int, float], c: Mappin
         pairs = [(a[s], other.get(s, math.nan)) for s in steps]
         return np.array([abs(x - y) / (max(abs(x), abs(y)) or 1.0) for x, y in pairs])
 
-    bounds = MODEL * (np.array(steps, float) - steps[0] + 1)
-    if c is not None:
+    every = steps[1] - steps[0] if len(steps) > 1 else max(steps[0], 1)  # a log may hold every tenth step alone
+    bounds = rounding_drift(np.array(steps, float) - steps[0] + every, _start(profile, metric=True))
+    if name in GIVEN:
+        bounds = np.full(len(steps), TOLERANCES["float32"]["scalar"])
+    elif c is not None:
         measured = np.fmax.accumulate(np.nan_to_num(apart(c)))
-        bounds = SAFETY * np.maximum(measured, 2.0**-23)
+        bounds = np.maximum(SAFETY * measured, _start(profile, metric=True))
     return Drift(name, steps, apart(b), bounds)
 
 
-def _weights(step: int, a: Weights, b: Weights, c: Weights | None) -> list[Drift]:
+def _weights(step: int, a: Weights, b: Weights, c: Weights | None, profile: Profile) -> list[Drift]:
     """The distance of each layer's weights, relative to their norm."""
     names, differences, bounds = [], [], []
     others = dict(b())
     third = dict(c()) if c else {}
+    model = float(rounding_drift(np.array([max(step, 1.0)]), _start(profile, metric=False))[0])
     for name, x in a():
         if name not in others or others[name].shape != x.shape:
             continue
@@ -264,5 +328,5 @@ def _weights(step: int, a: Weights, b: Weights, c: Weights | None) -> list[Drift
         names.append(name)
         differences.append(float(np.linalg.norm(np.float64(x) - np.float64(others.pop(name)))) / norm)
         measured = float(np.linalg.norm(np.float64(x) - np.float64(third[name]))) / norm if name in third else 0.0
-        bounds.append(SAFETY * max(measured, 2.0**-23) if third else MODEL * max(step, 1))
+        bounds.append(SAFETY * max(measured, SPACING["float32"]) if third else model)
     return [Drift(f"weights of step {step}", names, np.array(differences), np.array(bounds))] if names else []
