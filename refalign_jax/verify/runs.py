@@ -134,8 +134,8 @@ class Comparison:
 def rounding_drift(steps: Float[np.ndarray, " n"], start: float) -> Float[np.ndarray, " n"]:
     """How far rounding alone may drive two runs apart: a model for where no third run measures it.
 
-    After k steps that is start·√k·exp(GROWTH·k). Each step rounds every weight, differently in the two runs: a random walk. And
-    training amplifies the distance that there is.
+    After k steps that is start·√k·exp(GROWTH·k). Each step rounds every weight, differently in the two runs: a random
+    walk. And training amplifies the distance that there is.
 
     Args:
       steps: number of steps since the runs were equal.
