@@ -169,14 +169,15 @@ def encode(example: Example, storage: Storage) -> bytes:
         if kind == "int8":
             arrays[name], arrays["vfm_scales"] = quantize(values)
         else:
-            arrays[name] = np.ascontiguousarray(values, ml_dtypes.bfloat16 if kind == "bfloat16" else np.float32)
+            arrays[name] = np.asarray(values, ml_dtypes.bfloat16 if kind == "bfloat16" else np.float32)
     if example.subject_mask is not None:
-        arrays[MASK] = np.ascontiguousarray(example.subject_mask, np.uint8)
+        arrays[MASK] = np.asarray(example.subject_mask, np.uint8)
     try:
         about = json.dumps({"id": example.id, "prompt": example.prompt, "metadata": dict(example.metadata)})
     except (TypeError, ValueError) as error:
         raise ValueError(f"Example {example.id}: its metadata is not JSON: {error}.") from error
-    return save(arrays, {"example": about})
+    # safetensors writes the memory of an array that is not contiguous as if it were.
+    return save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, {"example": about})
 
 
 def parse(blob: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

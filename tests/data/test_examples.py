@@ -48,6 +48,16 @@ def test_same_example_gives_same_bytes():
     assert encode(make(metadata={"b": 1, "a": 2}), Storage()) == encode(make(metadata={"b": 1, "a": 2}), Storage())
 
 
+@pytest.mark.parametrize("storage", [FLOAT32, Storage(), Storage(vfm_features="int8")], ids=["float32", "16", "int8"])
+def test_the_order_in_memory_changes_nothing(storage):
+    example = make(references=3)
+    mask = np.arange(18).reshape(3, 6) % 2 > 0
+    plain = dataclasses.replace(example, subject_mask=mask, subject_ids=np.array([2, 1, 0], np.int32))
+    turned = {name: np.asfortranarray(getattr(plain, name)) for name in (*FIELDS, "subject_mask")}
+    backwards = np.arange(3, dtype=np.int32)[::-1]
+    assert encode(dataclasses.replace(plain, subject_ids=backwards, **turned), storage) == encode(plain, storage)
+
+
 def test_parse_does_not_copy():
     blob = encode(make(), Storage())
     arrays, _ = parse(blob)
