@@ -73,6 +73,7 @@ setup(
         "ahead-gpu": ["jax-cuda13-plugin", "nvidia-cudnn-cu13"],  # compiles for NVIDIA GPUs that are not present
         "parity": ["torch==2.13.0", "diffusers>=0.40,<0.43", "ftfy>=6.2,<7"],  # tests against other frameworks' models
         "data": DATA,  # reads OpenS2V-5M and Phantom-Data
+        "gs": ["gcsfs>=2026.10"],  # datasets and checkpoints in Google Cloud Storage
         "dev": [  # tests, lint, types, wheels
             *DATA,
             "build>=1.2,<2",

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from etils import epath
 
+from refalign_jax import remote
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
@@ -31,16 +33,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
     remove_partials(final)
     try:
         yield temporary
-        if "://" not in os.fspath(final):
+        if not remote.is_remote(final):
             with Path(temporary).open("rb") as file:
                 os.fsync(file.fileno())
         temporary.replace(final)
-    except OSError as error:
-        if error.errno is None:
+    except Exception as error:
+        if not remote.is_answer(error) and getattr(error, "errno", None) is None:
             raise
-        raise OSError(f"{final} can't be written: {error.strerror or error}.") from error
+        raise OSError(f"{final} can't be written: {remote.reason(error)}.") from error
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # a store's client has errors of its own
             temporary.unlink(missing_ok=True)
 
 
@@ -68,7 +70,7 @@ def remove_partials(path: epath.Path) -> None:
     """Removes what this process, or a process of this host that no longer exists, left of a local file or folder."""
     prefix = _partial_prefix(path)
     with contextlib.suppress(OSError):
-        for left in [] if "://" in os.fspath(path) else os.scandir(path.parent):
+        for left in [] if remote.is_remote(path) else os.scandir(path.parent):
             found = re.match(r"(\d+)\.partial", left.name[len(prefix) :]) if left.name.startswith(prefix) else None
             if found is None or (int(found[1]) != os.getpid() and _exists(int(found[1]))):
                 continue

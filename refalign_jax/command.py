@@ -32,6 +32,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from tyro.conf import arg
 
+from refalign_jax import remote
 from refalign_jax.atomic import first_line
 from refalign_jax.config import Config, flat_fields, read_recipe
 
@@ -53,7 +54,7 @@ def main() -> None:
         lines = [f"    {name:20s} {_summary(name)}" for name in command_names()]
         print("usage: refalign COMMAND [OPTIONS]\n", *lines, "\nrefalign COMMAND --help shows a command's.", sep="\n")
         return
-    exit_with(lambda: load(name)(expand_home(arguments), f"refalign {name}"))
+    exit_with(lambda: _call(load(name), arguments, f"refalign {name}"))
 
 
 def run(command: Main) -> None:
@@ -62,7 +63,38 @@ def run(command: Main) -> None:
     A `ValueError` or `OSError` is the user's to mend: its sentence goes to stderr, and the exit code is 2. After Ctrl-C
     it is 130. Any other error is ours: the traceback is kept in a file that the sentence names, and the exit code is 1.
     """
-    exit_with(lambda: command(expand_home(sys.argv[1:]), sys.argv[0]))
+    exit_with(lambda: _call(command, sys.argv[1:], sys.argv[0]))
+
+
+def _call(command: Main, arguments: Sequence[str], prog: str) -> int | None:
+    """Calls a command. Where it expects a local path, it refuses a URL, of which `Path` would drop a slash."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def local_path(found: Any) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+        if found.type is not Path:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda texts: local(texts[0]),
+            is_instance=lambda value: isinstance(value, os.PathLike),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    with registry:
+        return command(expand_home(arguments), prog)
+
+
+def local(place: str | Path) -> Path:
+    """A path of this machine.
+
+    Raises:
+      ValueError: it is a URL.
+    """
+    if remote.is_remote(place):
+        raise ValueError(f"{place} is not on this machine; give a local path here.")
+    return Path(place)
 
 
 def log_progress() -> None:
@@ -149,16 +181,25 @@ def override(config: Config, fields: Sequence[str]) -> Config:
 
 
 def require(path: str | Path, what: str) -> None:
-    """Checks that something local is there, before what reads it is imported, which takes seconds.
+    """Checks that something is there, before what reads it is imported, which takes seconds.
 
     Args:
-      path: as the user gave it; one of an object store is not looked for.
+      path: as the user gave it, local or in an object store; at another URL it is not looked for.
       what: what it should be, for the message, such as "weights".
 
     Raises:
       ValueError: nothing is there.
+      OSError: its object store can't be reached, or refuses the credentials.
     """
-    if "://" not in str(path) and not Path(path).exists():
+    place = os.fspath(path)
+    if remote.is_remote(place):
+        if place.partition("://")[0] not in remote.PACKAGES:
+            return
+        remote.check(place)
+        there = remote.file_system(place).exists(place)
+    else:
+        there = os.path.exists(place)
+    if not there:
         raise ValueError(f"{path} does not exist; expected {what}.")
 
 
@@ -216,6 +257,8 @@ def judge(error: BaseException) -> tuple[int, str]:
     text = str(error)
     if isinstance(error, BrokenPipeError):  # the reader of stdout or stderr, such as head, has had enough
         return 1, ""
+    if remote.is_answer(error):
+        return 2, f"error: An object store can't be read or written: {remote.reason(error)}."
     if isinstance(error, ValueError | OSError):
         return 2, f"error: {text}"
     if isinstance(error, ModuleNotFoundError) and not (error.name or "").startswith("refalign_jax"):

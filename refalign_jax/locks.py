@@ -2,8 +2,12 @@
 
 The lock is the file `.lock` in the folder. It names the process that holds it and exists as long as it is held. On a
 local disk or NFS the process also holds a POSIX lock on it (`fcntl.lockf`), which the system releases when the process
-ends, however it ends. Where a file system has no such locks, as object stores, the file alone is the lock. That is a
-best effort: two processes that start within the same second are kept apart by reading the file again.
+ends, however it ends. Where a file system has no such locks, the file alone is the lock. That is a best effort: two
+processes that start within the same second are kept apart by reading the file again.
+
+In an object store the file alone is the lock too, but the store itself creates it only where there is none, so that of
+two processes that start together one is refused. Two that take over the same left-over file are kept apart by reading
+it again. A process that was suspended longer than a lease may lose its lock; it then logs an error.
 
 A file that is left over is recognised:
 
@@ -28,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
+
+from refalign_jax import remote
 
 LOCK = ".lock"
 """The lock's file in a folder."""
@@ -58,17 +64,18 @@ def exclusive(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
 
     Raises:
       FolderInUseError: another process, or another thread of this one, holds it.
+      ValueError: there is no such bucket, or the package of its store is not installed.
       OSError: the folder can't be written.
     """
+    remote.check(folder)
     place = epath.Path(folder)
-    remote = "://" in os.fspath(place)
-    name = os.fspath(place) if remote else os.path.realpath(place)
+    name = os.fspath(place) if remote.is_remote(place) else os.path.realpath(place)
     with _guard:
         if name in _held:
             raise FolderInUseError(f"{place} is in use by this very process already; it has one writer at a time.")
         _held.add(name)
     try:
-        with hold_remote(place, what) if remote else _hold_local(Path(place), what):
+        with _hold_remote(place, what) if remote.is_remote(place) else _hold_local(Path(place), what):
             yield
     finally:
         with _guard:
@@ -77,7 +84,8 @@ def exclusive(folder: str | os.PathLike[str], what: str) -> Iterator[None]:
 
 def check_free(folder: str | os.PathLike[str], what: str) -> None:
     """Raises what `exclusive` raises if a folder is in use, so that a long preparation does not begin in vain."""
-    if "://" not in os.fspath(folder) and Path(folder).is_file():
+    remote.check(folder)
+    if not remote.is_remote(folder) and Path(folder).is_file():
         raise OSError(f"{folder} is a file; name a folder to write into.")
     if epath.Path(folder).exists():
         with exclusive(folder, what):
@@ -157,28 +165,52 @@ def _is_file(descriptor: int, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def hold_remote(folder: epath.Path, what: str) -> Iterator[None]:
-    """`exclusive` for a folder in an object store, at best effort."""
-    path = folder / LOCK
+def _hold_remote(folder: epath.Path, what: str) -> Iterator[None]:
+    """`exclusive` for a folder in an object store."""
+    path = os.fspath(folder / LOCK)
+    system = remote.file_system(path)
 
     def read() -> str:
         try:
-            return path.read_text()
+            return system.cat_file(path).decode(errors="replace")
         except FileNotFoundError:
             return ""
 
-    def write() -> None:
-        path.write_text(_identity(what))  # with the time, so that each sign of life is another text
+    def is_ours() -> bool:
+        return _is_this_process(_holder(read()))
 
-    folder.mkdir(parents=True, exist_ok=True)
-    _wait_until_gone(folder, read(), read)
-    write()
-    _confirm(folder, read)
+    def beat() -> None:
+        if is_ours():
+            system.pipe_file(path, _identity(what).encode())  # with the time, so that each is another text
+        elif not lost.is_set():
+            lost.set()
+            logger.error("The lock of %s is no longer held by this process; another may write there too.", folder)
+
+    lost = threading.Event()
     try:
-        with _beating(write):
+        before = read()
+        _wait_until_gone(folder, before, read)
+        if before and read() == before:
+            system.rm_file(path)
+        try:
+            system.pipe_file(path, _identity(what).encode(), mode="create")
+        except FileExistsError as error:
+            raise _in_use(folder, _holder(read())) from error
+        if before:
+            _confirm(folder, read)
+    except Exception as error:
+        if not remote.is_answer(error):
+            raise
+        raise OSError(f"{folder} can't be written: {remote.reason(error)}.") from error
+    try:
+        with _beating(beat):
             yield
     finally:
-        path.unlink(missing_ok=True)
+        try:
+            if is_ours():
+                system.rm_file(path)
+        except Exception as error:
+            logger.warning("%s can't be removed (%s); it is taken over as left over.", path, remote.reason(error))
 
 
 def _identity(what: str) -> str:
@@ -248,8 +280,13 @@ def _confirm(folder: os.PathLike[str], read: Callable[[], str]) -> None:
     """Reads the lock's file again, where another process may have written it in the same moment."""
     time.sleep(1.0)
     found = _holder(read())
-    if found and (found["host"], found["pid"]) != (socket.gethostname(), os.getpid()):
+    if found and not _is_this_process(found):
         raise _in_use(folder, found)
+
+
+def _is_this_process(found: dict[str, Any]) -> bool:
+    """Whether an identity is this process's."""
+    return (found.get("host"), found.get("pid")) == (socket.gethostname(), os.getpid())
 
 
 @contextlib.contextmanager
@@ -259,7 +296,7 @@ def _beating(beat: Callable[[], None]) -> Iterator[None]:
 
     def run() -> None:
         while not end.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):  # a store's client has errors of its own; the next beat may succeed
                 beat()
 
     thread = threading.Thread(target=run, name="lock", daemon=True)

@@ -18,7 +18,7 @@ import pytest
 from support.places import ROOT, environment
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("config", "trees", "types", "atomic", "locks", "digests", "devices", "interrupt", "version"),
+    ("config", "trees", "types", "atomic", "remote", "locks", "digests", "devices", "interrupt", "version"),
     ("provenance", "flops", "sharding", "command"),
     ("models",),
     ("alignment", "flow", "solvers", "caching"),

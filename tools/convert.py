@@ -29,7 +29,7 @@ def import_(
 
     Args:
       weights: a safetensors or torch file, an index of shards, or a folder with one of these or with a pipeline.
-      checkpoint: the folder to write.
+      checkpoint: the folder to write, a local one.
       num_heads: attention heads, where neither the file nor a config.json beside it says; published Wan models have
         width / 128.
     """
@@ -40,7 +40,7 @@ def import_(
 
 
 def export(
-    checkpoint: Positional[Path],
+    checkpoint: Positional[str],
     weights: Positional[Path],
     /,
     *,
@@ -49,7 +49,8 @@ def export(
     """Writes a checkpoint's transformer as safetensors under the published names; dtypes are kept.
 
     Args:
-      checkpoint: a checkpoint of parameters or of a training run, or a run's folder, of which the newest is taken.
+      checkpoint: a checkpoint of parameters or of a training run, or a run's folder, of which the newest is taken;
+        local or gs://.
       weights: the file to write, ending in .safetensors; a larger one than max_shard_gb becomes shards and an index.
       config: how.
     """

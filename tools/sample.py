@@ -10,7 +10,7 @@ again on a folder, the command continues where it stopped: it keeps a video whos
 settings are what they were, makes the others, and prints why.
 """
 
-from refalign_jax.command import require, run
+from refalign_jax.command import local, require, run
 
 # isort: split
 import dataclasses
@@ -81,7 +81,7 @@ class Arguments:
         if self.images is not None and self.eval is None:
             raise ValueError("--images belongs to --eval.")
         return dataclasses.replace(
-            self, places=(), weights=str(weights), prompts=Path(prompts) if prompts else None, out=Path(out)
+            self, places=(), weights=str(weights), prompts=local(prompts) if prompts else None, out=local(out)
         )
 
 

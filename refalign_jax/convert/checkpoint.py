@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 
+from refalign_jax import remote
 from refalign_jax.atomic import first_line, partial_path, remove_partials
 from refalign_jax.config import ModelConfig, from_dict
 from refalign_jax.convert.checksums import (
@@ -108,9 +109,11 @@ def import_params(path: PathLike, params: Mapping[str, Any], config: ModelConfig
       config: the model they belong to.
 
     Raises:
-      ValueError: the folder exists, or what `Unread.read` raises; nothing is left behind.
+      ValueError: the folder exists or is not local, or what `Unread.read` raises; nothing is left behind.
       OSError: it can't be written; nothing is left behind.
     """
+    if remote.is_remote(path):  # a folder there has no name that it could take in one step
+        raise ValueError(f"{path} is no local folder; name one, and copy it there when it is whole.")
     folder = absolute(path)
     _check_new(folder)
     partial = partial_path(folder)
@@ -199,15 +202,20 @@ def restore_params(path: PathLike, shapes: Params, ema: bool = False, verify: bo
 
 
 def find_checkpoint(path: PathLike, ema: bool = False) -> tuple[epath.Path, str]:
-    """The folder of one checkpoint and which item of it holds the parameters; arguments as in `load_params`."""
+    """The folder of one checkpoint and which item of it holds the parameters; arguments as in `load_params`.
+
+    A run's newest checkpoint is the newest that is whole; in an object store, one that is being written has its name
+    already.
+    """
+    remote.check(path)
     folder = given = absolute(path)
     if not given.is_dir():
         raise ValueError(f"{given} does not exist; a checkpoint is a folder.")
     if not (given / "config").is_dir():
         for parent in (given, given / "checkpoints"):
-            steps = [int(child.name) for child in parent.iterdir() if child.name.isdigit()] if parent.is_dir() else []
-            if steps:
-                folder = parent / str(max(steps))
+            newest = _newest(parent)
+            if newest is not None:
+                folder = newest
                 break
         else:
             if (given / "checkpoints").is_dir():
@@ -221,6 +229,14 @@ def find_checkpoint(path: PathLike, ema: bool = False) -> tuple[epath.Path, str]
             "run's folder."
         )
     return folder, item
+
+
+def _newest(folder: epath.Path) -> epath.Path | None:
+    """The newest checkpoint of a run that is whole; None where there is none."""
+    steps = [int(child.name) for child in folder.iterdir() if child.name.isdigit()] if folder.is_dir() else []
+    places = [folder / str(step) for step in sorted(steps, reverse=True)]
+    whole = (place for place in places if not remote.is_remote(place) or ocp.utils.is_checkpoint_finalized(place))
+    return next(whole, None)
 
 
 def read_json(folder: PathLike, item: str, verify: bool = True) -> dict[str, Any]:
@@ -284,6 +300,8 @@ def unreadable(error: Exception, path: epath.Path) -> Exception:
     if isinstance(error, DamagedError | MemoryError | jax.errors.JaxRuntimeError):
         return error
     absent = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    if remote.is_answer(error) and not absent:
+        return OSError(f"{path} can't be read: {remote.reason(error)}.")
     if isinstance(error, OSError) and not absent:
         if error.errno is None:
             return error
@@ -319,7 +337,7 @@ def save_by_layer(tree: Any) -> ArraysSave:
 def absolute(path: PathLike) -> epath.Path:
     """A local path made absolute, as Orbax wants it; a remote one as it is."""
     path = os.fspath(path)
-    return epath.Path(path if "://" in path else Path(path).absolute())
+    return epath.Path(path if remote.is_remote(path) else Path(path).absolute())
 
 
 def _check_new(folder: epath.Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from refalign_jax import remote
 from refalign_jax.convert.forms import plain
 from refalign_jax.convert.gguf_files import open_gguf
 from refalign_jax.convert.pickle_files import open_pickle_weights
@@ -52,9 +53,11 @@ def open_weights(path: str | Path) -> Tensors:
         these, numbered shards, or a pipeline of diffusers, whose transformer is opened.
 
     Raises:
-      ValueError: no such file, one that is not whole, a shard that is missing or disagrees with its index, several
-        models in a folder, a GGUF file without the package gguf, or a scale that is not understood.
+      ValueError: no such file on this machine, one that is not whole, a shard that is missing or disagrees with its
+        index, several models in a folder, a GGUF file without the package gguf, or a scale that is not understood.
     """
+    if remote.is_remote(path):
+        raise ValueError(f"{path} is not on this machine; published weights are read from local files: copy it here.")
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist; expected a safetensors file, an index, or a folder that holds one.")

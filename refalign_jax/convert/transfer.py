@@ -40,7 +40,7 @@ def import_weights(weights: Path, checkpoint: Path, num_heads: int | None = None
     return f"{count(leaves):,} parameters of {opened.tensors.source} are in {checkpoint}."
 
 
-def export_weights(checkpoint: Path, weights: Path, config: ExportConfig = _DEFAULTS) -> str:
+def export_weights(checkpoint: str | Path, weights: Path, config: ExportConfig = _DEFAULTS) -> str:
     """Writes a checkpoint's transformer under published names, its configuration in the header; returns what was done.
 
     Weights are read and written layer by layer: memory holds a few copies of the largest layer's largest tensor,

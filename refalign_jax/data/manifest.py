@@ -22,6 +22,7 @@ from typing import Any
 
 from etils import epath
 
+from refalign_jax import remote
 from refalign_jax.atomic import write_text
 from refalign_jax.config import FIELDS, Storage
 from refalign_jax.data.examples import MASK, Spec
@@ -233,13 +234,15 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
 
     Raises:
       ValueError: no such folder, no manifest in it, or another kind of manifest.
+      OSError: its store can't be reached, or refuses the credentials.
     """
+    remote.check(folder)
     path = epath.Path(folder) / MANIFEST
     try:
         return Manifest.from_json(path.read_text())
     except OSError as error:
         raise ValueError(
-            f"{path} can't be read ({error.strerror or error}); a dataset is a folder that tools/prepare.py wrote."
+            f"{path} can't be read ({remote.reason(error)}); a dataset is a folder that tools/prepare.py wrote."
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(f"{path} is not a manifest of prepared examples: {error!s:.200}.") from error

@@ -24,6 +24,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from grain.sources import ArrayRecordDataSource
 
+from refalign_jax import remote
 from refalign_jax.atomic import atomic_write, first_line
 from refalign_jax.config import Storage
 from refalign_jax.data.examples import Example, cosines, encode, fill, parse
@@ -83,7 +84,7 @@ class ShardWriter:
             for leftover in leftovers:
                 leftover.unlink()
         except OSError as error:
-            raise OSError(f"{self.folder} can't be written: {error.strerror or error}.") from error
+            raise OSError(f"{self.folder} can't be written: {remote.reason(error)}.") from error
 
     def _continue(self, found: Manifest) -> None:
         """Continues the dataset of an earlier writer."""
@@ -259,7 +260,7 @@ class _OpenShard:
 
     def __init__(self, path: epath.Path) -> None:
         self.path = path
-        self._folder = tempfile.TemporaryDirectory() if "://" in os.fspath(path) else None
+        self._folder = tempfile.TemporaryDirectory() if remote.is_remote(path) else None
         beside = Path(self._folder.name) if self._folder else Path(path.parent)
         self._partial = beside / f"{path.name}.partial"
         self._writer = ArrayRecordWriter(os.fspath(self._partial), WRITER_OPTIONS)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from refalign_jax import remote
 from refalign_jax.config import (
     WAN_NEGATIVE_PROMPT,
     Config,
@@ -360,8 +361,16 @@ def _dataset_fps(run: Config, config: GenerateConfig) -> float:
     """Returns the frames a second of the dataset's clips, or 16 where no dataset is named or the run's is elsewhere."""
     if config.dataset:
         return clip_fps(config.dataset)
-    here = bool(run.data.path) and (epath.Path(run.data.path) / MANIFEST).exists()
-    return clip_fps(run.data.path) if here else WAN_FPS
+    return clip_fps(run.data.path) if run.data.path and _is_here(run.data.path) else WAN_FPS
+
+
+def _is_here(dataset: str) -> bool:
+    """Whether a dataset can be read from this machine."""
+    try:
+        remote.check(dataset)
+    except (ValueError, OSError):
+        return False
+    return (epath.Path(dataset) / MANIFEST).exists()
 
 
 def _check_fit(model: ModelConfig, codec: VideoCodec, text: TextEncoder | None, size: tuple[int, int, int]) -> None:

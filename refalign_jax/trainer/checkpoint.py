@@ -19,6 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from refalign_jax import remote
 from refalign_jax.atomic import first_line
 from refalign_jax.convert.checkpoint import (
     ARRAYS,
@@ -64,11 +65,13 @@ class Checkpoints:
         several processes share the files.
 
     Raises:
+      ValueError: there is no such bucket, or the package of its store is not installed.
       OSError: the folder can't be written.
     """
 
     def __init__(self, folder: PathLike, keep: int, verify: bool = True) -> None:
         check_backend()
+        remote.check(folder)
         # Where one write fails others do too, and asyncio would print their tracebacks beside our sentence.
         logging.getLogger("asyncio").addFilter(_was_retrieved)
         self.folder = absolute(folder)
@@ -81,7 +84,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         except Exception as error:  # a local or a remote file system's
             taken = isinstance(error, FileExistsError)
-            reason = "it is a file" if taken else getattr(error, "strerror", None) or first_line(error)
+            reason = "it is a file" if taken else remote.reason(error)
             raise OSError(f"{self.folder} can't be written: {reason}.") from error
 
     @property
