@@ -43,7 +43,6 @@ def file_system(url: str) -> Any:
     import fsspec  # takes a tenth of a second, which local folders save
 
     fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
-    logging.getLogger(PACKAGES[scheme]).addFilter(_without_traceback)
     try:
         return fsspec.filesystem(scheme, **_OPTIONS.get(scheme, {}))
     except ImportError as error:
@@ -105,6 +104,12 @@ def reason(error: BaseException) -> str:
     return text
 
 
+def keep_tracebacks_out() -> None:
+    """From now on the packages that reach stores log no traceback of an error that they raise as well."""
+    for package in PACKAGES.values():
+        logging.getLogger(package).addFilter(_without_traceback)
+
+
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Whether a message has no traceback; an error that was raised is reported by our sentence."""
+    """Whether a message has no traceback."""
     return not record.exc_info

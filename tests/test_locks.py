@@ -164,15 +164,6 @@ def test_where_there_are_no_posix_locks_the_file_is_the_lock(tmp_path, monkeypat
             pass
 
 
-def test_a_remote_folder_is_locked_by_its_file_alone(tmp_path):
-    with locks.hold_remote(locks.epath.Path(tmp_path), "one"):
-        assert json.loads((tmp_path / LOCK).read_text())["what"] == "one"
-    assert not (tmp_path / LOCK).exists()
-    (tmp_path / LOCK).write_text(identity(pid=os.getppid(), begun=locks.begun(os.getppid())))
-    with pytest.raises(FolderInUseError, match="a run"), locks.hold_remote(locks.epath.Path(tmp_path), "two"):
-        pass
-
-
 def test_simultaneous_starts_exclude_each_other(tmp_path):
     (tmp_path / "count").write_text("0")
     at = time.time() + 3

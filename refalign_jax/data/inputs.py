@@ -66,7 +66,7 @@ def read_inputs(record: Record, max_references: int, digests: Digests) -> Inputs
             name: _as_json(value)
             for name, value in vars(reference).items()
             if name not in ("path", "why")
-            and not isinstance(value, os.PathLike)
+            and not isinstance(value, os.PathLike | Stored)
             and not (name == "box_size" and value is None)
         }
         for reference in record.references[:max_references]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -77,7 +76,7 @@ class Reference:
     """Where the subject is, in pixels of `crop`; None for the extent of the mask or, without a mask, everything."""
     box_size: tuple[int, int] | None = None
     """Width and height of the picture in whose pixels `box` counts; None for those of `crop`."""
-    mask: Path | np.ndarray | RunLengths | None = None
+    mask: File | np.ndarray | RunLengths | None = None
     """The subject's pixels: an image file, or bool [rows, columns] of the size of `crop`; None for all pixels."""
     subject: str | None = None
     """Name of the subject; references of one name show one subject. None: a subject that no other reference shows."""

@@ -13,7 +13,6 @@ on white, so the white stays white.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +23,7 @@ from refalign_jax.config import AugmentConfig
 from refalign_jax.data.clip_frames import Still, read_still
 from refalign_jax.data.images import read_image, read_mask
 from refalign_jax.data.records import Reference, RunLengths
+from refalign_jax.data.stored import File
 from refalign_jax.data.video import Box, cut_out, make_square, to_float
 from refalign_jax.encoders.interface import VideoCodec
 from refalign_jax.types import Bool, Float
@@ -86,7 +86,7 @@ def load_reference(
     return laid
 
 
-def _read_mask(mask: Path | np.ndarray | RunLengths | None) -> Bool[np.ndarray, "a b"] | None:
+def _read_mask(mask: File | np.ndarray | RunLengths | None) -> Bool[np.ndarray, "a b"] | None:
     """Reads the mask of a reference in whatever form it is given."""
     if mask is None or isinstance(mask, np.ndarray):
         return mask

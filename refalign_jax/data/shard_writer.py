@@ -82,7 +82,7 @@ class ShardWriter:
             leftovers = [*self.folder.glob("*.partial"), *self.folder.glob(".*.partial")]
             leftovers += [path for path in self.folder.glob("examples-*.array_record") if path.name not in listed]
             for leftover in leftovers:
-                leftover.unlink()
+                leftover.unlink(missing_ok=True)  # in an object store, * begins with a dot too: it is listed twice
         except OSError as error:
             raise OSError(f"{self.folder} can't be written: {remote.reason(error)}.") from error
 

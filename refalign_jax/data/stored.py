@@ -1,7 +1,7 @@
 """Files that are not paths: at a URL, or inside of an archive that may be cut into pieces.
 
 `Stored` names the bytes and reads them; it can be pickled, so that another process may read them. Local files are
-opened as they are. URLs are those of fsspec, such as `s3://bucket/part.tar` or `https://…`.
+opened as they are. URLs are those of fsspec, such as `gs://bucket/part.tar` or `https://…`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from refalign_jax import remote
 
 Piece = tuple[str, int, int | None]
 """A path or URL, the first byte in it, and the number of bytes; None for all that follow."""
@@ -62,6 +64,11 @@ def need(package: str) -> ModuleType:
         ) from error
 
 
+def file_at(place: str, folder: Path) -> File:
+    """The file at a URL, or at a path relative to a folder."""
+    return Stored(place, ((place, 0, None),)) if is_url(place) else folder / place
+
+
 def is_url(place: str | os.PathLike[str]) -> bool:
     """Whether a place is a URL and not a local path."""
     return "://" in os.fspath(place)
@@ -75,10 +82,17 @@ def open_bytes(place: str) -> Any:
     """
     try:
         return need("fsspec").open(place, "rb").open() if is_url(place) else open(place, "rb")
-    except FileNotFoundError as error:
-        raise ValueError(f"{place} does not exist.") from error
-    except (OSError, ImportError) as error:
-        raise ValueError(f"{place} can't be read: {getattr(error, 'strerror', None) or error}.") from error
+    except Exception as error:
+        raise _unreadable(place, error) from error
+
+
+def _unreadable(place: str, error: Exception) -> Exception:
+    """The error to raise where a file can't be read: a sentence where the system or a store has answered."""
+    if isinstance(error, FileNotFoundError):
+        return ValueError(f"{place} does not exist.")
+    if isinstance(error, OSError | ImportError) or remote.is_answer(error):
+        return ValueError(f"{place} can't be read: {remote.reason(error)}.")
+    return error
 
 
 def size_of(place: str) -> int:
@@ -92,10 +106,10 @@ def size_of(place: str) -> int:
             return os.stat(place).st_size
         system, path = need("fsspec").core.url_to_fs(place)
         return int(system.size(path))
-    except FileNotFoundError as error:
-        raise ValueError(f"{place} does not exist.") from error
-    except (OSError, TypeError, ImportError) as error:
-        raise ValueError(f"{place} can't be read: {getattr(error, 'strerror', None) or error}.") from error
+    except TypeError as error:
+        raise ValueError(f"{place} can't be read: its server does not say how long it is.") from error
+    except Exception as error:
+        raise _unreadable(place, error) from error
 
 
 @functools.lru_cache(maxsize=4)
@@ -107,8 +121,8 @@ def _read_pieces(name: str, pieces: tuple[Piece, ...]) -> bytes:
             with open_bytes(place) as file:
                 file.seek(start)
                 part = file.read() if length is None else file.read(length)
-        except OSError as error:
-            raise ValueError(f"{name} can't be read: {error.strerror or error}.") from error
+        except Exception as error:
+            raise _unreadable(name, error) from error
         if length is not None and len(part) < length:
             raise ValueError(f"{name} is cut: {len(part)} of {length} bytes are in {place}.")
         found.append(part)

@@ -19,6 +19,7 @@ from refalign_jax.data.json_lines import check_fields, check_text, read_json, re
 from refalign_jax.data.records import Reference
 from refalign_jax.data.references import load_reference
 from refalign_jax.data.sources.jsonl import parse_references
+from refalign_jax.data.stored import Stored
 
 MAX_ID_BYTES = 200
 """File systems allow names of 255 bytes."""
@@ -57,6 +58,9 @@ def read_requests(path: str | Path) -> list[Request]:
         check_text(name, "id", where)
         _check_id(name, requests, where)
         references = parse_references(fields.get("references", []), where, path.parent)
+        for file in (file for reference in references for file in (reference.path, reference.mask)):
+            if isinstance(file, Stored):
+                raise ValueError(f"{where}: {file} is a URL; references to sample with are local files.")
         requests[name] = Request(id=name, prompt=fields["prompt"], references=references, where=where)
     if not requests:
         raise ValueError(f'{path} holds no request; a line is {{"prompt": …, "references": […]}}.')

@@ -3,7 +3,8 @@
     {"video": "clips/cat.mp4", "prompt": "A cat walks over grass.",
      "references": [{"image": "cat.png", "mask": "cat_mask.png", "subject": "cat"}]}
 
-`mask` and `subject` are optional. Paths are relative to the folder of the file.
+`mask` and `subject` are optional. Paths are relative to the folder of the file; URLs of fsspec, such as
+`gs://bucket/cat.mp4`, are files elsewhere.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from refalign_jax.data.json_lines import check_fields, check_text, read_lines
 from refalign_jax.data.records import Record, Reference
+from refalign_jax.data.stored import file_at
 
 _FIELDS = {"video": True, "prompt": True, "references": True}
 _REFERENCE_FIELDS = {"image": True, "subject": False, "mask": False}
@@ -63,8 +65,8 @@ def parse_references(entries: Any, where: str, folder: Path) -> tuple[Reference,
             check_text(value, f"{name}.{key}", where)
     return tuple(
         Reference(
-            path=folder / entry["image"],
-            mask=folder / entry["mask"] if "mask" in entry else None,
+            path=file_at(entry["image"], folder),
+            mask=file_at(entry["mask"], folder) if "mask" in entry else None,
             subject=entry.get("subject"),
         )
         for entry in entries
@@ -81,7 +83,7 @@ def _parse(fields: Any, where: str, folder: Path) -> Record:
     digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     return Record(
         id=f"{Path(fields['video']).stem}-{digest}",
-        video=folder / fields["video"],
+        video=file_at(fields["video"], folder),
         prompt=fields["prompt"],
         references=references,
         metadata={"video": fields["video"], "references": fields["references"]},

@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from refalign_jax import remote
 from refalign_jax.data.sources.index import build, query, state_of
 from refalign_jax.data.stored import File, JoinedFile, Stored, is_url, need
 
@@ -100,8 +101,10 @@ def _list(root: str) -> tuple[dict[str, list[str]], list[str]]:
         system, path = need("fsspec").core.url_to_fs(root)
         try:
             names = [system.unstrip_protocol(name) for name in system.find(path)]
-        except OSError as error:
-            raise ValueError(f"{root} can't be listed: {error}.") from error
+        except Exception as error:
+            if not isinstance(error, OSError) and not remote.is_answer(error):
+                raise
+            raise ValueError(f"{root} can't be listed: {remote.reason(error)}.") from error
     elif os.path.isdir(root):
         names = [str(path) for pattern in ("*.tar*", "*/*.tar*", "*/*/*.tar*") for path in Path(root).glob(pattern)]
     elif os.path.isfile(root):
