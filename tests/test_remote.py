@@ -22,7 +22,7 @@ from refalign_jax.convert.files import open_weights
 from refalign_jax.data.manifest import read_manifest
 from refalign_jax.data.records import Skipped
 from refalign_jax.data.shard_writer import ShardWriter
-from refalign_jax.data.shards import ShardSource, verify_shards
+from refalign_jax.data.shards import CorruptRecordError, ShardSource, verify_shards
 from refalign_jax.data.skips import SkipLog, read_skipped
 from refalign_jax.data.sources.jsonl import read_jsonl
 from refalign_jax.data.stored import open_bytes, size_of
@@ -82,6 +82,27 @@ def test_damage_and_loss_of_a_shard_are_named(bucket):
     bucket().rm_file(second)
     with pytest.raises(ValueError, match=r"gs://bucket/data/examples-00001\.array_record is missing"):
         ShardSource("gs://bucket/data")
+
+
+class Records:
+    """Raises one error for every record, as ArrayRecord does."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def __getitem__(self, index):
+        raise RuntimeError(self.text)
+
+
+def test_a_record_is_corrupt_only_where_the_store_has_answered():
+    write("gs://bucket/data")
+    source = ShardSource("gs://bucket/data")
+    source._records = Records("Corrupted Riegeli/records file: chunk data hash mismatch")
+    with pytest.raises(CorruptRecordError, match=r"examples-00001\.array_record, record 1 .* hash mismatch"):
+        source[3]
+    source._records = Records("Retry policy exhausted in Read(): Connection refused")
+    with pytest.raises(OSError, match=r"examples-00001\.array_record, record 1 .* Connection refused"):
+        source[3]
 
 
 def test_a_file_is_there_whole_or_not_at_all(bucket):

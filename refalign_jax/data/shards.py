@@ -12,12 +12,17 @@ import numpy as np
 from etils import epath
 from grain.sources import ArrayRecordDataSource
 
+from refalign_jax import remote
 from refalign_jax.atomic import first_line
 from refalign_jax.data.examples import MASK, parse
 from refalign_jax.data.manifest import Shard, read_manifest
 
 WAN_FPS = 16.0
 """Frames a second at which Wan2.1 was trained and writes its videos."""
+
+
+_UNANSWERED = ("Permanent error", "Retry policy", "Error in non-idempotent operation")
+"""Parts of the messages of Google's client in ArrayRecord that say nothing about the data."""
 
 
 class CorruptRecordError(ValueError):
@@ -76,6 +81,7 @@ class ShardSource:
 
         Raises:
           CorruptRecordError: ArrayRecord's checksum, the safetensors header or the shapes are wrong.
+          OSError: the object store does not answer, or refuses; the record may be whole.
         """
         shard, place = self._find(index)
         name, ids = shard.name, shard.ids
@@ -91,9 +97,9 @@ class ShardSource:
             if (count := len(arrays["subject_ids"])) != shard.references[place]:
                 raise ValueError(f"it has {count} references, the manifest says {shard.references[place]}")
         except (RuntimeError, ValueError, OSError) as error:
-            raise CorruptRecordError(
-                f"{self.folder / name}, record {place} (example {index}) can't be read: {first_line(error)}."
-            ) from error
+            text = f"{self.folder / name}, record {place} (example {index}) can't be read: {first_line(error)}."
+            answered = not remote.is_remote(self.folder) or not any(part in str(error) for part in _UNANSWERED)
+            raise (CorruptRecordError(text) if answered else OSError(text)) from error
         return arrays, about
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
+pytest.importorskip("huggingface_hub.constants")  # the package imports it late, or not at all
 
 from refalign_jax.convert.hub import find_weights
 
