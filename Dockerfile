@@ -3,6 +3,8 @@
 #   docker build --build-arg EXTRA=tpu -t IMAGE .     TPUs
 #   docker build --build-arg EXTRA=cuda -t IMAGE .    NVIDIA GPUs; CUDA comes with JAX's wheels
 #   docker build -t IMAGE .                           CPUs
+#
+# EXTRA=tpu,gs and EXTRA=cuda,gs also read and write gs://.
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim
 
@@ -16,7 +18,7 @@ ARG EXTRA=
 COPY setup.py pyproject.toml README.md LICENSE ./
 RUN mkdir refalign_jax tools configs && pip install --no-cache-dir ".${EXTRA:+[$EXTRA]}"
 # jax[tpu] may bring an older libtpu, with which a step needs far more memory; see docs/pods-and-memory.md.
-RUN if [ "$EXTRA" = tpu ]; then pip install --no-cache-dir --upgrade "libtpu>=0.0.52"; fi
+RUN case ",$EXTRA," in *,tpu,*) pip install --no-cache-dir --upgrade "libtpu>=0.0.52";; esac
 
 COPY . .
 RUN pip install --no-cache-dir --no-deps --editable . && git config --global --add safe.directory /app

@@ -94,8 +94,9 @@ def _exists(process: int) -> bool:
 def first_line(error: BaseException) -> str:
     """The cause of an error in one line without a full stop, to be quoted in a sentence.
 
-    TensorStore's messages run over pages; where one quotes the operating system, that is the line.
+    TensorStore's messages run over pages; where one quotes the operating system, that is the line. What it quotes of an
+    object store's answer is left out.
     """
-    line = (str(error).splitlines() or [type(error).__name__])[0].strip().rstrip(".")
+    line = (str(error).splitlines() or [type(error).__name__])[0].partition(" [http_response")[0].strip().rstrip(".")
     quoted = re.search(r": ([^:]+) \[os_error_code", line)
     return quoted[1] if quoted else line[:300]

@@ -82,7 +82,7 @@ def _call(command: Main, arguments: Sequence[str], prog: str) -> int | None:
             str_from_instance=lambda value: [str(value)],
         )
 
-    remote.keep_tracebacks_out()
+    remote.configure()
     with registry:
         return command(expand_home(arguments), prog)
 

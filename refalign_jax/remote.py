@@ -39,7 +39,6 @@ def file_system(url: str) -> Any:
     if scheme not in PACKAGES:
         known = ", ".join(f"{name}://" for name in PACKAGES)
         raise ValueError(f"{url} can't be reached: {scheme}:// is no object store that is known here ({known}).")
-    os.environ.setdefault("EPATH_USE_TF", "false")  # else epath goes through TensorFlow where that is installed
     import fsspec  # takes a tenth of a second, which local folders save
 
     fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
@@ -104,8 +103,13 @@ def reason(error: BaseException) -> str:
     return text
 
 
-def keep_tracebacks_out() -> None:
-    """From now on the packages that reach stores log no traceback of an error that they raise as well."""
+def configure() -> None:
+    """Settings of a command, to be made before a path is looked at.
+
+    epath does not go through TensorFlow where that is installed, unless EPATH_USE_TF says so. The packages that reach
+    stores log no traceback of an error that they raise as well.
+    """
+    os.environ.setdefault("EPATH_USE_TF", "false")
     for package in PACKAGES.values():
         logging.getLogger(package).addFilter(_without_traceback)
 

@@ -16,7 +16,7 @@ from support.examples import FLOAT32, make
 from support.store import HttpError, MemoryStore
 
 from refalign_jax import command, locks, remote
-from refalign_jax.atomic import atomic_write, write_text
+from refalign_jax.atomic import atomic_write, first_line, write_text
 from refalign_jax.convert.checkpoint import find_checkpoint
 from refalign_jax.convert.files import open_weights
 from refalign_jax.data.manifest import read_manifest
@@ -152,6 +152,11 @@ def test_a_store_that_refuses_later_is_one_sentence(bucket, monkeypatch):
     assert command.judge(OSError("A sentence of ours."))[1] == "error: A sentence of ours."
 
 
+def test_the_answer_of_a_store_to_tensorstore_is_cut_to_its_sentence():
+    text = "PERMISSION_DENIED: Error reading gs://b/x: No access. [http_response_code='403'] [http_response_body='{}']"
+    assert first_line(ValueError(text)) == "PERMISSION_DENIED: Error reading gs://b/x: No access"
+
+
 def test_what_is_not_there_is_one_sentence():
     for action in (read_manifest, find_checkpoint, lambda place: check_free(place, "x"), write):
         with pytest.raises(ValueError, match=r"gs://typo/data can't be reached: there is no bucket typo\."):
@@ -183,8 +188,10 @@ def test_listings_are_not_remembered():
     assert remote.file_system("gs://bucket").storage_options["use_listings_cache"] is False
 
 
-def test_tracebacks_of_a_store_are_not_printed(caplog):
-    remote.keep_tracebacks_out()
+def test_tracebacks_of_a_store_are_not_printed(caplog, monkeypatch):
+    monkeypatch.setenv("EPATH_USE_TF", "true")
+    remote.configure()
+    assert os.environ["EPATH_USE_TF"] == "true"
     logger = logging.getLogger("gcsfs")
     try:
         raise ANONYMOUS
