@@ -55,7 +55,8 @@ def check(place: str | os.PathLike[str]) -> None:
     """Checks that a folder in an object store can be listed; one that holds nothing can. Local folders pass.
 
     Raises:
-      ValueError: the kind of store is not known, its package is not installed, or there is no such bucket.
+      ValueError: the kind of store is not known, its package is not installed, there is no such bucket, or a name has a
+        character that is not supported.
       OSError: the store can't be reached, or refuses the credentials.
     """
     if is_remote(place):
@@ -69,6 +70,8 @@ def _check(url: str) -> None:
     bucket = url.partition("://")[2].partition("/")[0]
     if not bucket:
         raise ValueError(f"{url} names no bucket; give a folder, as in gs://bucket/folder.")
+    if set("#?") & set(url):  # Orbax would take what follows for another part of the URL, and write into another folder
+        raise ValueError(f"{url} can't be used: names in an object store must have no # and no ? here.")
     try:
         system.find(f"{url}/.refalign")  # lists what begins like this, which is nothing, but not without the bucket
     except FileNotFoundError as error:

@@ -18,6 +18,7 @@ from support.store import HttpError, MemoryStore
 from refalign_jax import command, locks, remote
 from refalign_jax.atomic import atomic_write, first_line, write_text
 from refalign_jax.convert.checkpoint import find_checkpoint
+from refalign_jax.convert.checksums import store_url
 from refalign_jax.convert.files import open_weights
 from refalign_jax.data.manifest import read_manifest
 from refalign_jax.data.records import Skipped
@@ -169,6 +170,9 @@ def test_what_is_not_there_is_one_sentence():
         command.require("gs://bucket/nothing", "a dataset")
     with pytest.raises(ValueError, match="names no bucket"):
         remote.check("gs:///data")
+    for name in ("a#b", "a?b"):
+        with pytest.raises(ValueError, match="must have no # and no"):
+            remote.check(f"gs://bucket/{name}/data")
     with pytest.raises(ValueError, match="ftp:// is no object store that is known here"):
         remote.check("ftp://bucket/data")
     with pytest.raises(ValueError, match="published weights are read from local files"):
@@ -253,6 +257,11 @@ def test_the_newest_checkpoint_of_a_run_is_the_newest_that_is_whole(bucket):
             bucket().pipe_file(f"gs://bucket/run/{step}/{file}", b"")
     folder, item = find_checkpoint("gs://bucket/run")
     assert (os.fspath(folder), item) == ("gs://bucket/run/8", "params")
+
+
+def test_tensorstore_gets_a_name_as_it_is():
+    assert store_url("gs://bucket/a%20b/c d") == "gs://bucket/a%2520b/c%20d"
+    assert store_url("/a%20b") == "file:///a%2520b"
 
 
 def test_a_url_where_a_local_path_is_expected_is_refused(monkeypatch, capsys, tmp_path):

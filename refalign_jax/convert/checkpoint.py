@@ -341,6 +341,7 @@ def absolute(path: PathLike) -> epath.Path:
 
 
 def _check_new(folder: epath.Path) -> None:
+    remote.check(folder)
     if folder.exists():
         raise ValueError(f"{folder} exists; it is not overwritten. Name another folder or remove it.")
 

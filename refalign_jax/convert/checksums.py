@@ -218,7 +218,8 @@ def _arrays_between(item: epath.Path, name: str, start: int, stop: int) -> list[
 
 def store_url(path: str) -> str:
     """The URL by which TensorStore opens a folder, local or `gs://`."""
-    return path if "://" in path else f"file://{urllib.parse.quote(path)}"
+    scheme, colon, rest = path.partition("://")
+    return f"{scheme}://{urllib.parse.quote(rest)}" if colon else f"file://{urllib.parse.quote(path)}"
 
 
 def stored_values(store: ts.KvStore) -> Iterator[tuple[str, str, int, int]]:
