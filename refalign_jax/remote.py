@@ -84,8 +84,9 @@ def is_answer(error: BaseException) -> bool:
     """Whether an error is an object store's or its client's, and so says nothing that this package has worded."""
     if type(error).__module__.partition(".")[0] in _CLIENTS:
         return True
-    plain = type(error) is OSError and not str(error).startswith("Forbidden:")
-    return isinstance(error, OSError) and error.errno is None and not plain
+    if not isinstance(error, OSError) or error.errno is not None:
+        return False
+    return isinstance(error, FileNotFoundError | FileExistsError) or str(error).startswith("Forbidden:")
 
 
 def reason(error: BaseException) -> str:

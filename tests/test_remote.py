@@ -150,7 +150,8 @@ def test_a_store_that_refuses_later_is_one_sentence(bucket, monkeypatch):
     assert code == 2
     assert sentence.startswith("error: An object store can't be read or written: the store wants other credentials")
     assert command.judge(FileNotFoundError("b/bucket/o"))[1].endswith(": it does not exist.")
-    assert command.judge(OSError("A sentence of ours."))[1] == "error: A sentence of ours."
+    for kind in (OSError, PermissionError):
+        assert command.judge(kind("A sentence of ours."))[1] == "error: A sentence of ours."
 
 
 def test_the_answer_of_a_store_to_tensorstore_is_cut_to_its_sentence():
