@@ -260,6 +260,19 @@ def test_the_newest_checkpoint_of_a_run_is_the_newest_that_is_whole(bucket):
     assert (os.fspath(folder), item) == ("gs://bucket/run/8", "params")
 
 
+def test_the_checkpoints_of_a_run_are_where_its_configuration_names_them(bucket, tmp_path):
+    recipe = {"config": {"train": {"checkpoint_folder": "gs://bucket/run"}}}
+    (tmp_path / "config.json").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match="has no checkpoint yet; it keeps them in gs://bucket/run"):
+        find_checkpoint(tmp_path)
+    for file in ("params/x", "config/metadata", "commit_success.txt"):
+        bucket().pipe_file(f"gs://bucket/run/4/{file}", b"")
+    assert os.fspath(find_checkpoint(tmp_path)[0]) == "gs://bucket/run/4"
+    (tmp_path / "config.json").write_text(json.dumps(recipe).replace("bucket", "typo"))
+    with pytest.raises(ValueError, match="there is no bucket typo"):
+        find_checkpoint(tmp_path)
+
+
 def test_tensorstore_gets_a_name_as_it_is():
     assert store_url("gs://bucket/a%20b/c d") == "gs://bucket/a%2520b/c%20d"
     assert store_url("/a%20b") == "file:///a%2520b"

@@ -39,6 +39,7 @@ from refalign_jax.convert.checksums import (
     store_url,
     write_digests,
 )
+from refalign_jax.convert.newest import checkpoint_folder, newest_checkpoint
 from refalign_jax.convert.table import check
 from refalign_jax.devices import check_backend
 from refalign_jax.trees import flatten
@@ -204,22 +205,20 @@ def restore_params(path: PathLike, shapes: Params, ema: bool = False, verify: bo
 def find_checkpoint(path: PathLike, ema: bool = False) -> tuple[epath.Path, str]:
     """The folder of one checkpoint and which item of it holds the parameters; arguments as in `load_params`.
 
-    A run's newest checkpoint is the newest that is whole; in an object store, one that is being written has its name
-    already.
+    A run's checkpoints are where its config.json names them, and its newest is the newest that is whole: in an object
+    store, one that is being written has its name already.
     """
     remote.check(path)
     folder = given = absolute(path)
     if not given.is_dir():
         raise ValueError(f"{given} does not exist; a checkpoint is a folder.")
     if not (given / "config").is_dir():
-        for parent in (given, given / "checkpoints"):
-            newest = _newest(parent)
-            if newest is not None:
-                folder = newest
-                break
-        else:
-            if (given / "checkpoints").is_dir():
-                raise ValueError(f"The run {given} has no checkpoint yet.")
+        place = checkpoint_folder(given)
+        newest = newest_checkpoint(given) or newest_checkpoint(place)
+        elsewhere = f"; it keeps them in {place}" if place.parent != given else ""
+        if newest is None and (elsewhere or place.is_dir()):
+            raise ValueError(f"The run {given} has no checkpoint yet{elsewhere}.")
+        folder = newest or given
     item = "ema" if ema else "params"
     if ema and (folder / "params").is_dir() and not (folder / "ema").is_dir():
         raise ValueError(f"{folder} holds no moving average, having been trained with optimizer.ema_decay=0.")
@@ -229,14 +228,6 @@ def find_checkpoint(path: PathLike, ema: bool = False) -> tuple[epath.Path, str]
             "run's folder."
         )
     return folder, item
-
-
-def _newest(folder: epath.Path) -> epath.Path | None:
-    """The newest checkpoint of a run that is whole; None where there is none."""
-    steps = [int(child.name) for child in folder.iterdir() if child.name.isdigit()] if folder.is_dir() else []
-    places = [folder / str(step) for step in sorted(steps, reverse=True)]
-    whole = (place for place in places if not remote.is_remote(place) or ocp.utils.is_checkpoint_finalized(place))
-    return next(whole, None)
 
 
 def read_json(folder: PathLike, item: str, verify: bool = True) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def _measure(pairs: Sequence[Pair]) -> tuple[References, list[tuple[Measured, Me
 
 
 def _newest_measures(run: Run) -> Measured:
-    path, _ = find_checkpoint(run.config.train.checkpoint_folder or run.folder)
+    path, _ = find_checkpoint(run.folder)
     return _measure_run(run.folder, path)
 
 

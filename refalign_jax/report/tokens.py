@@ -119,8 +119,7 @@ def trained_params(run: Run) -> tuple[dict[str, Any], int]:
     Raises:
       ValueError: there is no checkpoint, or it is damaged.
     """
-    folder = run.config.train.checkpoint_folder or run.folder
-    path, _ = find_checkpoint(folder)
+    path, _ = find_checkpoint(run.folder)
     return restore_params(path, _shapes(run.config.model)), int(path.name)
 
 
