@@ -17,7 +17,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +33,6 @@ from refalign_jax.config import (
     wan_1_3b,
     wan_14b,
 )
-from refalign_jax.data.records import Reference
-from refalign_jax.drawing import Inputs, denoise, stack
-from refalign_jax.inference.draw import embed, noise_of, references_of
-from refalign_jax.inference.opening import open_generator
-from refalign_jax.inference.outputs import read_samples
-from refalign_jax.inference.references import prepare_references
-from refalign_jax.inference.requests import Request
 from refalign_jax.models import umt5
 from refalign_jax.models.condition import Condition
 from refalign_jax.models.quantise import quantise, shared_axis
@@ -47,6 +40,9 @@ from refalign_jax.models.transformer import init_params, velocity
 from refalign_jax.sampling import noise_levels, sample
 from refalign_jax.trees import flatten, unflatten
 from refalign_jax.types import Params
+
+if TYPE_CHECKING:
+    from refalign_jax.drawing import Inputs
 
 DTYPES: tuple[WeightsDType, ...] = ("bfloat16", *get_args(QuantisedDType))
 STEPS = (0.0, 0.5, 1.0)
@@ -73,6 +69,14 @@ def benchmark_quantised(*, weights: str = "", samples: str = "", videos: int = 6
 
 def _trained(weights: str, samples: Path, videos: int) -> None:
     """Samples videos with each dtype of the weights, and compares velocities along the way of float32."""
+    from refalign_jax.data.records import Reference
+    from refalign_jax.drawing import Inputs, stack
+    from refalign_jax.inference.draw import embed, noise_of, references_of
+    from refalign_jax.inference.opening import open_generator
+    from refalign_jax.inference.outputs import read_samples
+    from refalign_jax.inference.references import prepare_references
+    from refalign_jax.inference.requests import Request
+
     requests = [
         Request(
             id=entry["id"],
@@ -110,6 +114,8 @@ def _trained(weights: str, samples: Path, videos: int) -> None:
 
 def _path(params: Params, one: Inputs, dit: DiTConfig, config: SamplingConfig, mesh: Any) -> list[np.ndarray]:
     """The latents before each step, and the sampled ones."""
+    from refalign_jax.drawing import denoise
+
     return [one.noise, *map(np.asarray, denoise(params, one, dit=dit, config=config, mesh=mesh))]
 
 
