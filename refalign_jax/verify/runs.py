@@ -112,8 +112,9 @@ class Comparison:
         far = [drift for drift in self.drifts if drift.first is not None]
         if not far:
             ends = any(np.isinf(drift.bounds).any() for drift in self.drifts)
-            reach = "no difference is beyond rounding, as far as the bound reaches"
-            return f"Quantities compared: {len(self.drifts)}; {reach if ends else 'rounding explains every difference'}."
+            partly = "no difference is beyond rounding, as far as the bound reaches"
+            found = partly if ends else "rounding explains every difference"
+            return f"Quantities compared: {len(self.drifts)}; {found}."
         metrics = [drift for drift in far if isinstance(drift.first, int)]
         first = min(metrics, key=lambda drift: drift.first, default=far[0])
         step = f"step {first.first}" if metrics else str(first.first)
