@@ -27,6 +27,8 @@ def find_recipe(name: str | Path) -> Path:
     Raises:
       ValueError: no such file, or not a Python file.
     """
+    if "://" in str(name):
+        raise ValueError(f"{name} is not on this machine; a recipe is a local Python file, or one of those shipped.")
     path = Path(name)
     if path.suffix != ".py" and (shipped := RECIPES / f"{name}.py").is_file():
         return shipped

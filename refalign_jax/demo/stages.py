@@ -93,9 +93,18 @@ def _write_report(run: Path, out: Path, pairs: Mapping[str, Sequence[tuple[Path,
 
 
 def whole_run(demo: DemoConfig, recipe: Config, *, seed: int, loss: Loss = "recipe") -> Path:
-    """Prepares, trains, samples and scores one run; returns its folder."""
-    dataset = prepare_dataset(demo, recipe)
-    config = run_config(demo, recipe, dataset, seed=seed, loss=loss)
+    """Prepares, trains, samples and scores one run; returns its folder.
+
+    Raises:
+      ValueError: sizes of the demo that don't fit the recipe, before anything is drawn.
+    """
+    if demo.clips <= recipe.data.held_out:
+        raise ValueError(
+            f"DemoConfig.clips={demo.clips} leaves none to train on; it must be above {recipe.data.held_out}, the "
+            "number of held-out clips."
+        )
+    config = run_config(demo, recipe, demo.place / "dataset", seed=seed, loss=loss)  # compares numbers of steps
+    prepare_dataset(demo, recipe)
     train_run(config)
     run = Path(config.train.folder)
     if not (run / EVALUATION).exists():
@@ -164,9 +173,7 @@ def _write_records(demo: DemoConfig, held_out: int) -> list[Record]:
     if not demo.unseen:
         return write_clips(demo.place, draw_scenes(demo.clips, seed=0))
     unseen = UNSEEN[: demo.unseen]
-    known = draw_scenes(
-        max(demo.clips - held_out, 1), seed=0, subjects=[name for name in SUBJECTS if name not in unseen]
-    )
+    known = draw_scenes(demo.clips - held_out, seed=0, subjects=[name for name in SUBJECTS if name not in unseen])
     held = draw_scenes(held_out, seed=1, subjects=unseen)
     return write_clips(demo.place, known) + write_clips(demo.place, held, "unseen-")
 

@@ -191,6 +191,8 @@ def _open_mesh(config: GenerateConfig, dit: DiTConfig) -> jax.sharding.Mesh:
             f"--fsdp {config.fsdp} times --context {config.context} is {parts}; it must divide the number of this "
             f"process's devices, {len(devices)}."
         )
+    if dit.num_heads % config.context:
+        raise ValueError(f"--context {config.context} must divide the transformer's {dit.num_heads} heads.")
     mesh = make_mesh(MeshConfig(fsdp=config.fsdp, context=config.context), devices)
     check_heads(dit, mesh)
     return mesh

@@ -58,11 +58,12 @@ def write_dump(state: TrainState, batch: Batch, run: Run, done: int) -> None:
         times = flow.lookup(flow.training_schedule(model.flow), index)
         values, gradient = step_values(state.params, drawn, noise, times, model=model)
     arrays = {**inputs(drawn, noise, index, model), **values}
+    aligned = "projectors" in state.params and batch.reference_latents.shape[1] > 0
     config = {
         "num_heads": model.dit.num_heads,
         "eps": model.dit.eps,
         "shift": model.flow.shift,
-        "align_blocks": model.alignment.num_blocks if "projectors" in state.params else 0,
+        "align_blocks": model.alignment.num_blocks if aligned else 0,
         "vfm_dim": model.alignment.vfm_width,
         "scalars": list(PUBLISHED_TERMS),
         "compute_dtype": model.dit.compute_dtype,
@@ -75,7 +76,8 @@ def write_dump(state: TrainState, batch: Batch, run: Run, done: int) -> None:
         (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         np.savez(partial / "values.npz", **{name: np.asarray(x) for name, x in arrays.items()})  # type: ignore[arg-type]
         for name, tree in (("weights", state.params), ("grads_step", gradient)):
-            _write_tree(partial / f"{name}.safetensors", tree, model)
+            used = tree if aligned else {"dit": tree["dit"]}
+            _write_tree(partial / f"{name}.safetensors", used, model)
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

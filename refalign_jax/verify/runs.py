@@ -71,7 +71,7 @@ class Drift:
     Attributes:
       name: a metric, `weights of step 100`.
       labels: steps, or names of tensors.
-      differences: relative, one for each label.
+      differences: relative, one for each label; infinite where one of two numbers is not finite.
       bounds: what rounding explains, one for each label.
     """
 
@@ -83,7 +83,7 @@ class Drift:
     @property
     def first(self) -> Any:
         """The first label whose difference is beyond its bound; None where there is none."""
-        beyond = np.flatnonzero(~(self.differences <= self.bounds))
+        beyond = np.flatnonzero(~(self.differences <= self.bounds) | np.isinf(self.differences))
         return self.labels[beyond[0]] if len(beyond) else None
 
 
@@ -124,7 +124,9 @@ class Comparison:
         """Prints a table of the quantities, and the outcome."""
         table = Table("quantity", "compared", "largest difference", "bound there", "first beyond its bound", box=None)
         for drift in self.drifts:
-            worst = int(np.nanargmax(np.append(drift.differences / np.maximum(drift.bounds, 1e-300), -1)[:-1]))
+            finite = np.isfinite(drift.differences)
+            share = np.where(finite, drift.differences, 0) / np.maximum(drift.bounds, 1e-300)
+            worst = int(np.argmax(np.where(finite, share, np.inf)))
             first = "[green]none[/]" if drift.first is None else f"[red]{drift.first}[/]"
             numbers = (f"{drift.differences[worst]:.1e}", f"{drift.bounds[worst]:.1e}")
             table.add_row(drift.name, str(len(drift.labels)), *numbers, first)
@@ -187,8 +189,33 @@ def compare_runs(first: Path, second: Path, spread: Path | None = None, profile:
         raise ValueError(f"{a.name} and {b.name} have no step with a metric or a checkpoint in common.")
     bound = _model(drifts, profile)
     if c:
-        bound = f"The bound is {SAFETY:g} times the distance between {a.name} and {c.name}."
+        bound = _measured(drifts, a, c) + (f" {bound}" if _lacking(drifts, a, c) else "")
     return Comparison((a.name, b.name), drifts, bound)
+
+
+def _lacking(drifts: Sequence[Drift], a: Run, c: Run) -> list[str]:
+    """What the third run has no distance for at all."""
+    lacking = []
+    for drift in drifts:
+        if drift.name in a.metrics:
+            there = bool(a.metrics[drift.name].keys() & c.metrics.get(drift.name, {}).keys())
+        else:
+            there = int(drift.name.rpartition(" ")[2]) in c.weights
+        lacking += [] if there or drift.name in GIVEN else [drift.name]
+    return lacking
+
+
+def _measured(drifts: Sequence[Drift], a: Run, c: Run) -> str:
+    """Describes the bound that a third run gives.
+
+    Raises:
+      ValueError: it has nothing in common with the first.
+    """
+    lacking = _lacking(drifts, a, c)
+    if len(lacking) == sum(drift.name not in GIVEN for drift in drifts):
+        raise ValueError(f"{c.name} has no step with a metric or a checkpoint in common with {a.name}.")
+    sentence = f"The bound is {SAFETY:g} times the distance between {a.name} and {c.name}."
+    return f"{sentence} That run lacks {', '.join(lacking)}: there it is a model." if lacking else sentence
 
 
 def read_run(path: Path) -> Run:
@@ -243,7 +270,7 @@ def read_metrics(path: Path) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
     for record in records:
         step = _number(record.get("step"))
-        if step is None:
+        if step is None or not math.isfinite(step):
             continue
         for name, value in record.items():
             number = _number(value)
@@ -277,12 +304,11 @@ def read_published(path: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _number(value: object) -> float | None:
-    """A number, or text that is one; None for all else, and for what is not finite."""
+    """A number, or text that is one, finite or not; None for all else."""
     try:
-        number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
-    except ValueError:
+        return float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+    except (ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
 
 
 def _model(drifts: Sequence[Drift], profile: Profile) -> str:
@@ -296,6 +322,13 @@ def _model(drifts: Sequence[Drift], profile: Profile) -> str:
     return sentence
 
 
+def _apart(x: float, y: float) -> float:
+    """The relative difference of two numbers; infinite where one of them is not finite and the other is another."""
+    if not (math.isfinite(x) and math.isfinite(y)):
+        return 0.0 if repr(x) == repr(y) else math.inf
+    return abs(x - y) / (max(abs(x), abs(y)) or 1.0)
+
+
 def _metric(
     name: str, a: Mapping[int, float], b: Mapping[int, float], c: Mapping[int, float] | None, profile: Profile
 ) -> Drift:
@@ -303,31 +336,41 @@ def _metric(
     steps = sorted(a.keys() & b.keys())
 
     def apart(other: Mapping[int, float]) -> np.ndarray:
-        pairs = [(a[s], other.get(s, math.nan)) for s in steps]
-        return np.array([abs(x - y) / (max(abs(x), abs(y)) or 1.0) for x, y in pairs])
+        return np.array([_apart(a[s], other[s]) if s in other else math.nan for s in steps])
 
     every = steps[1] - steps[0] if len(steps) > 1 else max(steps[0], 1)  # a log may hold every tenth step alone
     bounds = rounding_drift(np.array(steps, float) - steps[0] + every, _start(profile, metric=True))
     if name in GIVEN:
         bounds = np.full(len(steps), TOLERANCES["float32"]["scalar"])
-    elif c is not None:
-        measured = np.fmax.accumulate(np.nan_to_num(apart(c)))
+    elif c is not None and a.keys() & c.keys():
+        measured = np.fmax.accumulate(np.nan_to_num(apart(c), posinf=np.inf))
         bounds = np.maximum(SAFETY * measured, _start(profile, metric=True))
     return Drift(name, steps, apart(b), bounds)
 
 
 def _weights(step: int, a: Weights, b: Weights, c: Weights | None, profile: Profile) -> list[Drift]:
-    """The distance of each layer's weights, relative to their norm."""
-    names, differences, bounds = [], [], []
+    """The distance of each layer's weights, relative to their norm, or to that of as many average weights.
+
+    The larger norm counts. What began at 0 is all update at first, and AdamW divides an update by the gradient's size,
+    with what the gradient's sums have rounded.
+    """
     others = dict(b())
     third = dict(c()) if c else {}
-    model = float(rounding_drift(np.array([max(step, 1.0)]), _start(profile, metric=False))[0])
+    norms, sizes, apart, measured = dict[str, float](), dict[str, int](), dict[str, float](), dict[str, float]()
     for name, x in a():
-        if name not in others or others[name].shape != x.shape:
-            continue
-        norm = float(np.linalg.norm(np.float64(x))) or 1.0
-        names.append(name)
-        differences.append(float(np.linalg.norm(np.float64(x) - np.float64(others.pop(name)))) / norm)
-        measured = float(np.linalg.norm(np.float64(x) - np.float64(third[name]))) / norm if name in third else 0.0
-        bounds.append(SAFETY * max(measured, SPACING["float32"]) if third else model)
-    return [Drift(f"weights of step {step}", names, np.array(differences), np.array(bounds))] if names else []
+        if name in others and others[name].shape == x.shape:
+            norms[name], sizes[name] = _norm(x), x.size
+            apart[name] = _norm(np.float64(x) - np.float64(others.pop(name)))
+            measured[name] = _norm(np.float64(x) - np.float64(third[name])) if name in third else 0.0
+    if not norms:
+        return []
+    average = math.sqrt(sum(norm**2 for norm in norms.values()) / sum(sizes.values()))
+    scales = np.array([max(norms[name], math.sqrt(sizes[name]) * average) or 1.0 for name in norms])
+    bounds = np.full(len(scales), rounding_drift(np.array([max(step, 1.0)]), _start(profile, metric=False))[0])
+    if third:
+        bounds = SAFETY * np.maximum(np.array(list(measured.values())) / scales, SPACING["float32"])
+    return [Drift(f"weights of step {step}", list(norms), np.array(list(apart.values())) / scales, bounds)]
+
+
+def _norm(x: np.ndarray) -> float:
+    return float(np.linalg.norm(np.float64(x)))

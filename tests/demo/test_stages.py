@@ -151,6 +151,19 @@ def test_unseen_subjects_are_in_held_out_clips_alone(tmp_path, monkeypatch):
     assert "They show" not in str(stages.introduction(SMALL, 8))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"clips": 8}, "must be above 8, the number of held-out clips"), ({"steps": 1}, "warmup_steps=2 leaves nothing")],
+)
+def test_sizes_that_do_not_fit_are_refused_before_anything_is_drawn(tmp_path, changes, message):
+    recipe = dataclasses.replace(
+        SMALL, optimizer=OptimizerConfig(schedule="cosine", warmup_steps=2), train=TrainConfig()
+    )
+    with pytest.raises(ValueError, match=message):
+        demo(DemoConfig(folder=tmp_path, **changes), recipe)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("number", [-1, 1, 4])
 def test_unseen_subjects_are_two_or_three(number):
     with pytest.raises(ValueError, match=f"DemoConfig.unseen={number} "):

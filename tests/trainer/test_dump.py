@@ -37,3 +37,13 @@ def test_a_dumped_step_is_verified_and_is_what_was_trained_on(tmp_path):
     gradients["blocks.1.ffn.0.bias"] *= 1.001
     save_file(gradients, folder / "grads_step.safetensors")
     assert [row.name for row in verify(folder).failed] == ["gradient blocks.1.ffn.0.bias"]
+
+
+def test_a_step_without_references_is_verified_too(tmp_path):
+    config = runs.recipe(tmp_path / "run", steps=3, save_every=3, held_out_every=0, preview_every=0, verify_dump=(3,))
+    train(dataclasses.replace(config, data=dataclasses.replace(config.data, max_references=0)))
+    report = verify(tmp_path / "run" / "verify" / "step-00000003")
+    assert report.passed, (report.failed, report.remarks, report.skipped)
+    assert {"step_velocity", "step_scalars", "step_timestep"} <= report.compared
+    assert len([row for row in report.rows if row.name.startswith("gradient ")]) > 20
+    assert not report.skipped

@@ -1,14 +1,18 @@
 """Two runs compared step by step."""
 
 import csv
+import io
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from support import tiny
 
 from refalign_jax.convert.checkpoint import save_params
+from refalign_jax.trees import flatten, unflatten
 from refalign_jax.verify.runs import compare_runs
 
 
@@ -136,6 +140,51 @@ def test_weights_are_compared_layer_by_layer_ours_with_theirs(tmp_path):
     save_file(weights, b / "step-3.safetensors", metadata=metadata)
     comparison = compare_runs(a, b)
     assert [drift.first for drift in comparison.drifts] == ["dit/blocks/ffn/in/kernel/2"]
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity"])
+@pytest.mark.parametrize("step", [3, 900])
+def test_a_number_that_is_not_finite_is_beyond_every_bound(tmp_path, value, step):
+    losses = dict.fromkeys(range(1, 1001), 1.0)
+    a, b = write_run(tmp_path / "a", losses), write_run(tmp_path / "b", losses)
+    path = b / "metrics.jsonl"
+    lines = path.read_text().replace(f'"step": {step}, "loss": 1.0', f'"step": {step}, "loss": {value}')
+    path.write_text(lines)
+    comparison = compare_runs(a, b)
+    assert comparison.drifts[0].first == step
+    comparison.show(Console(file=io.StringIO()))
+    assert compare_runs(b, b).code == 0
+
+
+def test_a_spread_that_lacks_something_is_named(tmp_path):
+    a, b = write_run(tmp_path / "a", metrics(0)), write_run(tmp_path / "b", metrics(2))
+    for run in (a, b):
+        path = run / "metrics.jsonl"
+        path.write_text("".join(json.dumps(json.loads(x) | {"grad_norm": 1.0}) + "\n" for x in path.open()))
+    bound = compare_runs(a, b, write_run(tmp_path / "c", metrics(1))).bound
+    assert "That run lacks grad_norm: there it is a model. The bound is a model of rounding in float32" in bound
+    with pytest.raises(ValueError, match=r"d has no step with a metric or a checkpoint in common with .*a\.$"):
+        compare_runs(a, b, write_run(tmp_path / "d", {99: 1.0}))
+
+
+def test_weights_that_began_at_zero_are_measured_by_the_others(tmp_path):
+    """Rounding may move an AdamW update of 1e-5 by a part in 1e5, but not a weight of 0.02."""
+    flat = dict(flatten(tiny.params()))
+    small, large = "dit/blocks/cross_attention/query/bias", "dit/blocks/cross_attention/query/kernel"
+    flat[small] = jnp.full_like(flat[small], 1e-5)
+
+    def first(run, **moved):
+        for folder, changes in (("a", {}), (run, moved)):
+            path = tmp_path / folder / "checkpoints" / "2"
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                changed = {name: flat[name] * factor for name, factor in changes.items()}
+                save_params(path, unflatten(flat | changed), tiny.MODEL)
+        return compare_runs(tmp_path / "a", tmp_path / run).drifts[0].first
+
+    assert first("b", **{small: 1 + 1e-5}) is None
+    assert first("c", **{large: 1 + 1e-5}) == f"{large}/0"
+    assert first("d", **{small: 1.1}) == f"{small}/0"
 
 
 def test_what_does_not_depend_on_the_weights_does_not_drift(tmp_path):
