@@ -360,8 +360,8 @@ def _weights(step: int, a: Weights, b: Weights, c: Weights | None, profile: Prof
     for name, x in a():
         if name in others and others[name].shape == x.shape:
             norms[name], sizes[name] = _norm(x), x.size
-            apart[name] = _norm(np.float64(x) - np.float64(others.pop(name)))
-            measured[name] = _norm(np.float64(x) - np.float64(third[name])) if name in third else 0.0
+            apart[name] = _norm(np.subtract(x, others.pop(name), dtype=np.float64))
+            measured[name] = _norm(np.subtract(x, third[name], dtype=np.float64)) if name in third else 0.0
     if not norms:
         return []
     average = math.sqrt(sum(norm**2 for norm in norms.values()) / sum(sizes.values()))
@@ -373,4 +373,4 @@ def _weights(step: int, a: Weights, b: Weights, c: Weights | None, profile: Prof
 
 
 def _norm(x: np.ndarray) -> float:
-    return float(np.linalg.norm(np.float64(x)))
+    return float(np.linalg.norm(np.asarray(x, np.float64)))
