@@ -1,8 +1,14 @@
 """Shape annotations are checked at run time in every test; JAX stays on the CPU."""
 
+import ast
+import contextlib
+import functools
+import gc
 import getpass
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,6 +24,24 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import pytest
 from jaxtyping import install_import_hook
 from support.places import GOLDEN, ROOT
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+if sys.version_info < (3, 12):
+    # In Python 3.11, ast.parse, through which commands read their options' descriptions, fails with "AST constructor
+    # recursion depth mismatch" if a collection of garbage within it runs code that parses as well. A command has a
+    # process of its own, and no such garbage; tests call hundreds in one process.
+    ast.parse = functools.wraps(ast.parse)(_without_collection()(ast.parse))
 
 # The method, the transformer and the training step; the models of the encoders check their inputs themselves.
 MODELS = sorted(path.stem for path in (ROOT / "refalign_jax/models").glob("[a-z]*.py"))
