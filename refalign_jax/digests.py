@@ -21,6 +21,8 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
+from refalign_jax import remote
+
 CACHE = ".digests.jsonl"
 """The cache's file in a folder of results."""
 
@@ -44,8 +46,7 @@ class Digests:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        remote = "://" in os.fspath(folder)
-        self._path = None if remote else Path(folder) / CACHE
+        self._path = None if remote.is_remote(folder) else Path(folder) / CACHE
         self._known: dict[str, tuple[list[int], str]] = {}
         self._checked: dict[str, str] = {}
         self._file: Any = None
@@ -71,9 +72,9 @@ class Digests:
           ValueError: it does not exist or is no regular file.
           OSError: it can't be read.
         """
-        name = os.fspath(path) if "://" in os.fspath(path) else os.path.abspath(path)
+        name = os.fspath(path) if remote.is_remote(path) else os.path.abspath(path)
         if name not in self._checked:
-            self._checked[name] = self._remote(name) if "://" in name else self._local(name)
+            self._checked[name] = self._remote(name) if remote.is_remote(name) else self._local(name)
         return self._checked[name]
 
     def forget(self, path: str | os.PathLike[str]) -> None:

@@ -98,7 +98,8 @@ def check_gpu(arguments: list[str], prog: str) -> int:
 def _without_cuda_graphs() -> None:
     """Keeps XLA from running a GPU's kernels as CUDA graphs, in which a profile can't assign kernels to parts.
 
-    On an H200, a training step of RefAlign-1.3B takes 2.430 s without and 2.427 s with them.
+    It costs little: on an H200, a training step of RefAlign-1.3B took 2.430 s without and, in another run, 2.427 s with
+    them (docs/benchmarks.md).
     """
     flag, flags = "--xla_gpu_enable_command_buffer", os.environ.get("XLA_FLAGS", "")
     if flag not in flags:

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from refalign_jax import remote
 from refalign_jax.data.manifest import Manifest
 from refalign_jax.data.records import Entry, Record, RunLengths, Skipped
-from refalign_jax.data.stored import File, Stored, is_url
+from refalign_jax.data.stored import File, Stored
 from refalign_jax.data.threads import in_order
 from refalign_jax.digests import Digests, digest_json
 
@@ -79,7 +80,7 @@ def _digest(file: File, digests: Digests) -> str:
     if not isinstance(file, Stored):
         return digests.file(file)
     places = [place for place, _, _ in file.pieces]
-    if any(map(is_url, places)):
+    if any(map(remote.is_remote, places)):
         return hashlib.sha256(file.read()).hexdigest()
     return digests.part(repr(file.pieces), places, file.read)
 
@@ -158,7 +159,10 @@ def compare(
             if isinstance(found, Skipped):
                 return record.id, "gone"
             files = files_of(found, max_references).values()
-            if any(isinstance(file, Stored) and any(is_url(place) for place, _, _ in file.pieces) for file in files):
+            if any(
+                isinstance(file, Stored) and any(remote.is_remote(place) for place, _, _ in file.pieces)
+                for file in files
+            ):
                 return record.id, "remote"
             digest = read_inputs(found, max_references, digests).digest
         except (ValueError, OSError):

@@ -66,12 +66,7 @@ def need(package: str) -> ModuleType:
 
 def file_at(place: str, folder: Path) -> File:
     """The file at a URL, or at a path relative to a folder."""
-    return Stored(place, ((place, 0, None),)) if is_url(place) else folder / place
-
-
-def is_url(place: str | os.PathLike[str]) -> bool:
-    """Whether a place is a URL and not a local path."""
-    return "://" in os.fspath(place)
+    return Stored(place, ((place, 0, None),)) if remote.is_remote(place) else folder / place
 
 
 def open_bytes(place: str) -> Any:
@@ -81,7 +76,7 @@ def open_bytes(place: str) -> Any:
       ValueError: it can't be opened.
     """
     try:
-        return need("fsspec").open(place, "rb").open() if is_url(place) else open(place, "rb")
+        return need("fsspec").open(place, "rb").open() if remote.is_remote(place) else open(place, "rb")
     except Exception as error:
         raise _unreadable(place, error) from error
 
@@ -102,7 +97,7 @@ def size_of(place: str) -> int:
       ValueError: it can't be reached.
     """
     try:
-        if not is_url(place):
+        if not remote.is_remote(place):
             return os.stat(place).st_size
         system, path = need("fsspec").core.url_to_fs(place)
         return int(system.size(path))

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from refalign_jax import flops
+from refalign_jax import flops, remote
 from refalign_jax.config import Config, flat_fields
 from refalign_jax.data.examples import Spec
 from refalign_jax.data.loader import BatchIterator, make_loader
@@ -248,7 +248,7 @@ def check_disk(folder: str, checkpoint_bytes: int) -> None:
     Raises:
       OSError: too little room.
     """
-    if "://" in folder:
+    if remote.is_remote(folder):
         return
     free = shutil.disk_usage(folder).free
     if free < checkpoint_bytes:

@@ -187,10 +187,8 @@ def compare_runs(first: Path, second: Path, spread: Path | None = None, profile:
         drifts += _weights(step, a.weights[step], b.weights[step], c.weights.get(step) if c else None, profile)
     if not drifts:
         raise ValueError(f"{a.name} and {b.name} have no step with a metric or a checkpoint in common.")
-    bound = _model(drifts, profile)
-    if c:
-        bound = _measured(drifts, a, c) + (f" {bound}" if _lacking(drifts, a, c) else "")
-    return Comparison((a.name, b.name), drifts, bound)
+    model = _model(drifts, profile)
+    return Comparison((a.name, b.name), drifts, _measured(drifts, a, c, model) if c else model)
 
 
 def _lacking(drifts: Sequence[Drift], a: Run, c: Run) -> list[str]:
@@ -205,17 +203,17 @@ def _lacking(drifts: Sequence[Drift], a: Run, c: Run) -> list[str]:
     return lacking
 
 
-def _measured(drifts: Sequence[Drift], a: Run, c: Run) -> str:
-    """Describes the bound that a third run gives.
+def _measured(drifts: Sequence[Drift], a: Run, c: Run, model: str) -> str:
+    """Describes the bound that a third run gives, and `model` where it lacks something.
 
     Raises:
       ValueError: it has nothing in common with the first.
     """
     lacking = _lacking(drifts, a, c)
-    if len(lacking) == sum(drift.name not in GIVEN for drift in drifts):
+    if lacking and len(lacking) == sum(drift.name not in GIVEN for drift in drifts):
         raise ValueError(f"{c.name} has no step with a metric or a checkpoint in common with {a.name}.")
     sentence = f"The bound is {SAFETY:g} times the distance between {a.name} and {c.name}."
-    return f"{sentence} That run lacks {', '.join(lacking)}: there it is a model." if lacking else sentence
+    return f"{sentence} That run lacks {', '.join(lacking)}: there it is a model. {model}" if lacking else sentence
 
 
 def read_run(path: Path) -> Run:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from refalign_jax.data.stored import is_url, size_of
+from refalign_jax import remote
+from refalign_jax.data.stored import size_of
 
 
 def build(path: Path, columns: str, state: Any, rows: Callable[[], Iterable[tuple[Any, ...]]], also: str = "") -> None:
@@ -81,5 +82,5 @@ def state_of(places: Iterable[str]) -> list[list[Any]]:
     """
     found: list[list[Any]] = []
     for place in places:
-        found.append([place, size_of(place), None if is_url(place) else os.stat(place).st_mtime_ns])
+        found.append([place, size_of(place), None if remote.is_remote(place) else os.stat(place).st_mtime_ns])
     return found

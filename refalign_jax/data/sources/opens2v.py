@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from refalign_jax import remote
 from refalign_jax.config import OpenS2VConfig
 from refalign_jax.data.clips import CROP_OUTSIDE
 from refalign_jax.data.records import Dropped, Record, Reference, RunLengths, Skipped
@@ -29,7 +30,7 @@ from refalign_jax.data.seeds import random_of
 from refalign_jax.data.sources.json_stream import BrokenFileError, estimate_entries, parse, read_entries
 from refalign_jax.data.sources.pairs import Pairs, open_pairs, part_of
 from refalign_jax.data.sources.videos import Videos, open_videos
-from refalign_jax.data.stored import File, is_url, need, size_of
+from refalign_jax.data.stored import File, need, size_of
 from refalign_jax.data.video import Box
 
 CUT_FILE = "the rest of a JSON file is cut off or damaged"
@@ -309,7 +310,7 @@ def open_opens2v(records: str, config: OpenS2VConfig, folder: Path, seed: int) -
         raise ValueError(f"{records} holds no JSON file; name OpenS2V-5M's mask_and_bbox files or their folder.")
     for place in jsons:
         size_of(place)
-        if not is_url(place) and not os.path.isfile(place):
+        if not remote.is_remote(place) and not os.path.isfile(place):
             raise ValueError(f"{place} is not a file; expected OpenS2V-5M's JSON.")
     videos, notes = open_videos(config.videos, folder)
     pairs = open_pairs(config, jsons, folder) if config.pairs and config.cross_probability else None

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from refalign_jax import remote
 from refalign_jax.data.sources.index import build, query, state_of
-from refalign_jax.data.stored import File, JoinedFile, Stored, is_url, need
+from refalign_jax.data.stored import File, JoinedFile, Stored, need
 
 _SPLIT = re.compile(r"(.*\.tar)(?:(?:\.(?:split|part))?[._-](\d+)|\.(?:split|part)[._-]([a-z]{2,3}))?", re.DOTALL)
 """A tar, or a piece of one that was split, with its number or letters."""
@@ -45,7 +45,7 @@ class Videos:
         clean = os.path.normpath(path)
         if clean.startswith(("/", "..")):
             return None
-        if not is_url(self.root):
+        if not remote.is_remote(self.root):
             for place in (Path(self.root, part, clean), Path(self.root, clean)):
                 if place.is_file():
                     return place
@@ -77,7 +77,7 @@ def open_videos(root: str, folder: Path) -> tuple[Videos, list[str]]:
       ValueError: nothing is there.
     """
     archives, files = _list(root)
-    if not archives and not is_url(root):
+    if not archives and not remote.is_remote(root):
         return Videos(root, None), []
     table = folder / "videos.sqlite"
     state = [root, sorted(files), state_of(place for places in archives.values() for place in places)]
@@ -97,7 +97,7 @@ def open_videos(root: str, folder: Path) -> tuple[Videos, list[str]]:
 
 def _list(root: str) -> tuple[dict[str, list[str]], list[str]]:
     """Lists tars, each with its pieces in order, and the other files of a URL."""
-    if is_url(root):
+    if remote.is_remote(root):
         system, path = need("fsspec").core.url_to_fs(root)
         try:
             names = [system.unstrip_protocol(name) for name in system.find(path)]
@@ -116,7 +116,7 @@ def _list(root: str) -> tuple[dict[str, list[str]], list[str]]:
     else:
         raise ValueError(f"{root} does not exist; expected the folder, tar or URL of the videos.")
     if not names:
-        if is_url(root):
+        if remote.is_remote(root):
             raise ValueError(f"{root} holds no file; expected videos or tars of videos.")
         return {}, []
     archives: dict[str, list[str]] = {}
